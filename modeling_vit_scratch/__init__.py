@@ -1,0 +1,32 @@
+"""A Vision Transformer written from scratch, at home in the Hugging Face ecosystem.
+
+Importing this package makes `AutoConfig`, `AutoModel`, `AutoModelForImageClassification`, `AutoImageProcessor` and
+`pipeline("image-classification")` know its checkpoints.
+"""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+from .configuration_vit_scratch import PRESETS, ViTScratchConfig
+from .image_processing_vit_scratch import ViTScratchImageProcessor, ViTScratchImageProcessorPil
+from .modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
+
+__version__ = "0.1.0"
+
+AutoConfig.register("vit_scratch", ViTScratchConfig, exist_ok=True)
+AutoModel.register(ViTScratchConfig, ViTScratchModel, exist_ok=True)
+AutoModelForImageClassification.register(ViTScratchConfig, ViTScratchForImageClassification, exist_ok=True)
+AutoImageProcessor.register(
+    ViTScratchConfig,
+    image_processor_classes={"torchvision": ViTScratchImageProcessor, "pil": ViTScratchImageProcessorPil},
+    exist_ok=True,
+)
+
+__all__ = [
+    "PRESETS",
+    "ViTScratchConfig",
+    "ViTScratchForImageClassification",
+    "ViTScratchImageProcessor",
+    "ViTScratchImageProcessorPil",
+    "ViTScratchModel",
+    "ViTScratchPreTrainedModel",
+]

@@ -1,0 +1,84 @@
+"""Pixels: resize, crop, rescale, normalise, for images of one to n channels, with torchvision or with PIL alone.
+
+This file travels to the Hub beside a checkpoint: it imports torch and transformers, nothing else. The PIL class works
+where torchvision is absent.
+"""
+
+from typing import Any
+
+import torch
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_utils import ChannelDimension, PILImageResampling
+
+
+def pil_to_channels(image: Any, num_channels: int) -> Any:
+    """The PIL image with one grey channel (num_channels=1), three RGB channels (3), or as it is (other numbers).
+
+    Sixteen-bit grey is brought to eight bits by its high byte: PIL's own conversion clips everything above 255 to white.
+    """
+    if num_channels not in (1, 3):
+        return image
+    if image.mode.startswith("I"):  # I;16, I;16B, I: 16-bit grey of PNG and TIFF
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    mode = "L" if num_channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def array_to_channels(image: Any, num_channels: int) -> Any:
+    """The array or tensor (C, H, W) with grey repeated to RGB, or RGB mixed to grey by PIL's weights; else as it is."""
+    if image.shape[0] == 1 and num_channels == 3:
+        return image[[0, 0, 0]]
+    if image.shape[0] == 3 and num_channels == 1:
+        if isinstance(image, torch.Tensor):
+            grey = (image * torch.tensor([0.299, 0.587, 0.114], device=image.device)[:, None, None]).sum(0, keepdim=True)
+            return grey if image.is_floating_point() else grey.round().to(image.dtype)
+        grey = 0.299 * image[:1] + 0.587 * image[1:2] + 0.114 * image[2:]
+        return grey if image.dtype.kind == "f" else grey.round().astype(image.dtype)
+    return image
+
+
+class _ViTScratchImageProcessing:
+    """What both backends share: the defaults (transformers' ViT has the same) and the channels."""
+
+    resample = PILImageResampling.BILINEAR
+    size = {"height": 224, "width": 224}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+    num_channels = 3
+
+    def __init__(self, **kwargs):
+        num_channels = kwargs.get("num_channels", self.num_channels)
+        for name in ("image_mean", "image_std"):
+            if kwargs.get(name) is None:
+                kwargs[name] = [0.5] * num_channels
+            if not isinstance(kwargs[name], (int, float)) and len(kwargs[name]) != num_channels:
+                raise ValueError(f"{name} has {len(kwargs[name])} values for num_channels={num_channels}; give one each.")
+        super().__init__(**kwargs)
+
+    def process_image(self, image: Any, do_convert_rgb: bool | None = None, input_data_format=None, **kwargs):
+        """One image as (C, H, W) of `num_channels` channels. do_convert_rgb is not needed: the channels decide."""
+        if hasattr(image, "convert"):
+            image = pil_to_channels(image, self.num_channels)
+        elif input_data_format is None and image.ndim == 3 and self.num_channels in (image.shape[0], image.shape[-1]):
+            first = image.shape[0] == self.num_channels
+            input_data_format = ChannelDimension.FIRST if first else ChannelDimension.LAST
+        image = super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs)
+        return array_to_channels(image, self.num_channels)
+
+
+class ViTScratchImageProcessor(_ViTScratchImageProcessing, TorchvisionBackend):
+    """Images to pixel_values (B, num_channels, H, W), by torchvision.
+
+    size: {"height", "width"} or {"shortest_edge"}; crop_size with do_center_crop; image_mean, image_std: one value a
+    channel, of pixels in [0, 1]. Raises ValueError if mean or std do not fit num_channels.
+    """
+
+
+class ViTScratchImageProcessorPil(_ViTScratchImageProcessing, PilBackend):
+    """Images to pixel_values (B, num_channels, H, W), by PIL and numpy alone: for where torchvision is not installed."""
+
+
+__all__ = ["ViTScratchImageProcessor", "ViTScratchImageProcessorPil"]

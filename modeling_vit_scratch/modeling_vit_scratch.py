@@ -1,0 +1,589 @@
+"""The Vision Transformer (Dosovitskiy et al., "An Image is Worth 16x16 Words", 2010.11929), from equation 1 to 4.
+
+    z_0  = [x_class; x_p^1 E; ...; x_p^N E] + E_pos      (1)  ViTScratchEmbeddings
+    z'_l = MSA(LN(z_{l-1})) + z_{l-1}                     (2)  ViTScratchAttention in ViTScratchLayer
+    z_l  = MLP(LN(z'_l)) + z'_l                           (3)  ViTScratchMLP in ViTScratchLayer
+    y    = LN(z_L^0)                                      (4)  ViTScratchModel, then the classifier
+
+Read from top to bottom. Parameter names are those of transformers' ViT. This file travels to the Hub beside a
+checkpoint: it imports torch, transformers and its configuration, nothing else.
+"""
+
+# B batch, C channels, H W image, Ph Pw patch, Gh Gw patch rows and columns, N tokens (prefix + Gh*Gw),
+# D hidden size, A heads, F width of a head, M width of the MLP, K labels
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_vit_scratch import ViTScratchConfig
+
+# ---------------------------------------------------------------- equation 1: patches, tokens, positions
+
+
+class ViTScratchPatchEmbeddings(nn.Module):
+    """Cuts an image into patches and projects each to a token: x_p E of equation 1.
+
+    pixel_values (B, C, H, W) -> (B, Gh*Gw, D), patches in reading order. A convolution whose stride is the patch and a
+    matrix on flattened patches are the same map: Conv2d weight (D, C, Ph, Pw) reshaped to (D, C*Ph*Pw) is the Linear's.
+    """
+
+    def __init__(self, config: ViTScratchConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.patch_size = config.patch_height_width
+        self.stride = config.stride_height_width
+        if config.patch_embedding == "conv":
+            self.projection = nn.Conv2d(
+                config.num_channels, config.hidden_size, self.patch_size, self.stride, bias=config.patch_bias
+            )
+        else:
+            patch_dim = config.num_channels * self.patch_size[0] * self.patch_size[1]
+            self.projection = nn.Linear(patch_dim, config.hidden_size, bias=config.patch_bias)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.projection, nn.Conv2d):
+            return self.projection(pixel_values).flatten(2).transpose(1, 2)  # (B, Gh*Gw, D)
+        patches = nn.functional.unfold(pixel_values, self.patch_size, stride=self.stride)  # (B, C*Ph*Pw, Gh*Gw)
+        return self.projection(patches.transpose(1, 2))  # (B, Gh*Gw, D)
+
+
+def grid_coordinates(
+    grid: tuple[int, int], trained_grid: tuple[int, int], device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of each patch, in reading order, as two float32 vectors (Gh*Gw,).
+
+    They are measured in patches of the grid the network was trained at, so that another image size covers the same
+    range; at the trained size they are 0, 1, 2, ... exactly.
+    """
+    axes = []
+    for length, trained in zip(grid, trained_grid, strict=True):
+        centres = torch.arange(length, dtype=torch.float32, device=device) + 0.5
+        axes.append(centres * (trained / length) - 0.5)
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
+    return rows.flatten(), columns.flatten()
+
+
+def sincos2d_positions(
+    grid: tuple[int, int],
+    hidden_size: int,
+    trained_grid: tuple[int, int] | None = None,
+    device: torch.device | None = None,
+    temperature: float = 10_000.0,
+) -> torch.Tensor:
+    """The fixed 2-D sine-cosine table (1, Gh*Gw, D), float32, of 2205.01580 (big_vision's posemb_sincos_2d).
+
+    D is four equal parts: sine and cosine of the column, then of the row.
+    """
+    rows, columns = grid_coordinates(grid, trained_grid or grid, device)
+    quarter = hidden_size // 4
+    frequencies = temperature ** -(torch.arange(quarter, dtype=torch.float32, device=device) / max(quarter - 1, 1))
+    column_angles, row_angles = columns[:, None] * frequencies, rows[:, None] * frequencies  # (Gh*Gw, D/4)
+    parts = (column_angles.sin(), column_angles.cos(), row_angles.sin(), row_angles.cos())
+    return torch.cat(parts, dim=1)[None]
+
+
+def rope2d_tables(
+    config: ViTScratchConfig, grid: tuple[int, int], device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine (N, F), float32, of axial rotary positions (2403.13298, section 3.2).
+
+    A quarter of the channel pairs' frequencies turns with the row, a quarter with the column; prefix tokens turn by 0.
+    """
+    rows, columns = grid_coordinates(grid, config.patch_grid, device)
+    quarter = config.attention_head_dim // 4
+    frequencies = config.rope_theta ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+    angles = torch.cat((rows[:, None] * frequencies, columns[:, None] * frequencies), dim=1)  # (Gh*Gw, F/2)
+    angles = nn.functional.pad(angles, (0, 0, config.num_prefix_tokens, 0))  # (N, F/2)
+    angles = torch.cat((angles, angles), dim=1)  # (N, F)
+    return angles.cos(), angles.sin()
+
+
+def interpolate_position_embeddings(
+    position_embeddings: torch.Tensor,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    antialias: bool = False,
+) -> torch.Tensor:
+    """Resamples learned positions (1, prefix + Gh*Gw, D) to another grid; prefix positions stay as they are.
+
+    The same object comes back where the grids are equal. Bicubic as in transformers; with `antialias=True`, as in timm.
+    2-D interpolation: 2010.11929, section 3.2. Raises ValueError if the tokens do not fill `old_grid`.
+    """
+    if old_grid == new_grid:
+        return position_embeddings
+    num_prefix = position_embeddings.shape[1] - old_grid[0] * old_grid[1]
+    if num_prefix < 0:
+        raise ValueError(
+            f"{position_embeddings.shape[1]} positions do not fill a grid of {old_grid[0]} x {old_grid[1]} patches."
+        )
+    prefix, patches = position_embeddings[:, :num_prefix], position_embeddings[:, num_prefix:]
+    patches = patches.unflatten(1, old_grid).permute(0, 3, 1, 2)  # (1, D, Gh, Gw)
+    resampled = nn.functional.interpolate(patches.float(), new_grid, mode="bicubic", antialias=antialias)
+    resampled = resampled.flatten(2).transpose(1, 2).to(patches.dtype)  # (1, Gh*Gw, D)
+    return torch.cat((prefix, resampled), dim=1)
+
+
+class ViTScratchEmbeddings(nn.Module):
+    """Equation 1: patch tokens, with class and register tokens before them, plus positions.
+
+    pixel_values (B, C, H, W) -> (B, N, D). Positions are added here when they are learned or sincos2d; rotary
+    ones act inside attention.
+    """
+
+    def __init__(self, config: ViTScratchConfig):
+        super().__init__()
+        self.config = config
+        hidden_size = config.hidden_size
+        self.patch_embeddings = ViTScratchPatchEmbeddings(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if config.use_cls_token else None
+        registers = config.num_register_tokens
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, hidden_size)) if registers else None
+        self.position_embeddings = None
+        if config.position_embedding_type == "learned":
+            num_positions = config.num_patches + (config.num_prefix_tokens if config.prefix_positions else 0)
+            self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, hidden_size))
+        self.layernorm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps) if config.embedding_norm else None
+        rate = config.embedding_dropout_prob
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
+        batch_size, num_channels, height, width = pixel_values.shape
+        if num_channels != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values have {num_channels} channels, the configuration has num_channels="
+                f"{self.config.num_channels}; convert the images, or build the network for {num_channels}."
+            )
+        if not interpolate_pos_encoding and (height, width) != self.config.image_height_width:
+            expected = " x ".join(map(str, self.config.image_height_width))
+            raise ValueError(
+                f"pixel_values are {height} x {width}, the network was built for {expected}; "
+                "resize them, or pass interpolate_pos_encoding=True."
+            )
+        grid = self.config.patch_grid_of(height, width)
+        embeddings = self.patch_embeddings(pixel_values)  # (B, Gh*Gw, D)
+
+        positions = None
+        if self.config.position_embedding_type == "sincos2d":
+            trained_grid, device = self.config.patch_grid, embeddings.device
+            positions = sincos2d_positions(grid, self.config.hidden_size, trained_grid, device).to(embeddings.dtype)
+        elif self.position_embeddings is not None:
+            positions = interpolate_position_embeddings(self.position_embeddings, self.config.patch_grid, grid)
+        on_patches_only = positions is not None and positions.shape[1] == embeddings.shape[1]
+        if on_patches_only:
+            embeddings = embeddings + positions
+        prefix = [tokens for tokens in (self.cls_token, self.register_tokens) if tokens is not None]
+        if prefix:
+            prefix = [tokens.expand(batch_size, -1, -1).to(embeddings.dtype) for tokens in prefix]
+            embeddings = torch.cat((*prefix, embeddings), dim=1)  # (B, N, D)
+        if positions is not None and not on_patches_only:
+            embeddings = embeddings + positions
+        if self.layernorm is not None:
+            embeddings = self.layernorm(embeddings)
+        return self.dropout(embeddings)
+
+
+# ---------------------------------------------------------------- equation 2: multi-head self-attention
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(q k^T / sqrt(F)) v: equation 7 of the paper's appendix A, with the weights returned.
+
+    query, key, value (B, A, N, F) -> output (B, N, A, F) and weights (B, A, N, N).
+    """
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, A, N, N)
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights  # (B, N, A, F)
+
+
+def rotate(states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turns each pair (i, i + F/2) of the channels of (B, A, N, F) by its token's angle; `tables` from rope2d_tables."""
+    cos, sin = (table.to(states.dtype) for table in tables)
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class ViTScratchAttention(nn.Module):
+    """MSA of equation 2. hidden_states (B, N, D) -> (B, N, D) and the weights (B, A, N, N), or None but for "eager"."""
+
+    def __init__(self, config: ViTScratchConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.attention_head_dim
+        self.scaling = self.head_dim**-0.5  # of the head's width, not of the sequence's length
+        self.is_causal = False
+        self.attention_dropout = config.attention_probs_dropout_prob
+        width = config.num_attention_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.proj_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary_tables: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_size, num_tokens, _ = hidden_states.shape
+        heads = (batch_size, num_tokens, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, A, N, F)
+        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, A, N, F)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # (B, A, N, F)
+        if rotary_tables is not None:
+            query, key = rotate(query, rotary_tables), rotate(key, rotary_tables)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(batch_size, num_tokens, -1)), weights
+
+
+# ---------------------------------------------------------------- equation 3: the MLP
+
+
+class ViTScratchMLP(nn.Module):
+    """MLP of equation 3: two matrices with a GELU between. (B, N, D) -> (B, N, M) -> (B, N, D)."""
+
+    def __init__(self, config: ViTScratchConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        rate = config.mlp_dropout_prob
+        self.hidden_dropout = nn.Dropout(rate or 0.0)
+        self.output_dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.hidden_dropout(self.activation_fn(self.fc1(hidden_states)))  # (B, N, M)
+        return self.output_dropout(self.fc2(hidden_states))  # (B, N, D)
+
+
+# ---------------------------------------------------------------- equations 2 and 3: one layer
+
+
+class ViTScratchLayerScale(nn.Module):
+    """Multiplies a branch by a learned vector that starts small (2103.17239). (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config: ViTScratchConfig):
+        super().__init__()
+        self.lambda1 = nn.Parameter(config.layer_scale_init * torch.ones(config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.lambda1
+
+
+class ViTScratchDropPath(nn.Module):
+    """Stochastic depth (1603.09382): leaves a branch out for whole samples, in training only. (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.rate == 0.0:
+            return hidden_states
+        kept = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) >= self.rate
+        return hidden_states * (kept / (1 - self.rate)).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3g}"
+
+
+class ViTScratchLayer(GradientCheckpointingLayer):
+    """One encoder layer, equations 2 and 3. (B, N, D) -> (B, N, D). With pre_norm=False, the layer of 1706.03762."""
+
+    def __init__(self, config: ViTScratchConfig, layer_index: int):
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = ViTScratchAttention(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = ViTScratchMLP(config)
+        scaled = config.layer_scale_init is not None
+        self.layer_scale1 = ViTScratchLayerScale(config) if scaled else nn.Identity()
+        self.layer_scale2 = ViTScratchLayerScale(config) if scaled else nn.Identity()
+        # plain Python numbers: models are built on the meta device, where a tensor has no value to read
+        self.drop_path = ViTScratchDropPath(config.drop_path_rate * layer_index / max(config.num_hidden_layers - 1, 1))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary_tables: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended = self.layernorm_before(hidden_states) if self.pre_norm else hidden_states
+        attended, _ = self.attention(attended, attention_mask, rotary_tables, **kwargs)
+        hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))  # equation 2
+        if not self.pre_norm:
+            hidden_states = self.layernorm_before(hidden_states)
+        transformed = self.mlp(self.layernorm_after(hidden_states) if self.pre_norm else hidden_states)
+        hidden_states = hidden_states + self.drop_path(self.layer_scale2(transformed))  # equation 3
+        return hidden_states if self.pre_norm else self.layernorm_after(hidden_states)
+
+
+# ---------------------------------------------------------------- the whole encoder, and equation 4
+
+
+class ViTScratchPreTrainedModel(PreTrainedModel):
+    """What every model of this file shares: loading, saving and initialisation of weights."""
+
+    config: ViTScratchConfig
+    base_model_prefix = "vit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ViTScratchEmbeddings", "ViTScratchLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": ViTScratchLayer, "attentions": ViTScratchAttention}
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """| parameter | start |
+        |---|---|
+        | matrices, patch kernel | `weight_init`: normal or truncated normal of `initializer_range`, Xavier, or PyTorch's |
+        | biases | zero ("torch": PyTorch's uniform) |
+        | norms | one and zero |
+        | class and register tokens, positions | `token_init`, `position_init` |
+        | LayerScale | `layer_scale_init` |
+        | attention output, second MLP matrix | zero with `zero_init_residual` |
+        """
+        super()._init_weights(module)
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            self._init_matrix(module)
+        elif isinstance(module, ViTScratchEmbeddings):
+            for tokens in (module.cls_token, module.register_tokens):
+                self._init_table(tokens, self.config.token_init)
+            self._init_table(module.position_embeddings, self.config.position_init)
+        elif isinstance(module, ViTScratchLayerScale):
+            init.constant_(module.lambda1, self.config.layer_scale_init)
+        elif isinstance(module, ViTScratchLayer) and self.config.zero_init_residual:
+            init.zeros_(module.attention.o_proj.weight)
+            init.zeros_(module.mlp.fc2.weight)
+
+    def _init_matrix(self, module: nn.Linear | nn.Conv2d):
+        if self.config.weight_init == "trunc_normal":
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+        elif self.config.weight_init == "xavier_uniform":
+            init.xavier_uniform_(module.weight)
+        elif self.config.weight_init == "torch":
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                bound = module.weight[0].numel() ** -0.5
+                init.uniform_(module.bias, -bound, bound)
+
+    def _init_table(self, table: torch.Tensor | None, how: str | float):
+        if table is None:
+            return
+        if isinstance(how, (int, float)):
+            init.constant_(table, how)
+        elif how == "trunc_normal":
+            init.trunc_normal_(table, std=self.config.initializer_range)
+        elif how == "normal":
+            init.normal_(table)
+        elif how == "uniform":
+            init.uniform_(table)
+        elif how == "zeros":
+            init.zeros_(table)
+        elif how == "sincos2d":
+            patches = sincos2d_positions(self.config.patch_grid, self.config.hidden_size, device=table.device)
+            prefix = table.shape[1] - patches.shape[1]
+            init.copy_(table, nn.functional.pad(patches, (0, 0, prefix, 0)).to(table.dtype))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the tables that no optimizer should decay: class token, register tokens and positions."""
+        tables = {"cls_token", "register_tokens", "position_embeddings"}
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in tables}
+
+
+class ViTScratchModel(ViTScratchPreTrainedModel):
+    """The encoder without a classifier: pixel_values (B, C, H, W) -> last_hidden_state (B, N, D), pooler_output (B, D)."""
+
+    def __init__(self, config: ViTScratchConfig):
+        super().__init__(config)
+        self.embeddings = ViTScratchEmbeddings(config)
+        self.layers = nn.ModuleList(ViTScratchLayer(config, index) for index in range(config.num_hidden_layers))
+        has_norm = config.final_norm != "none"
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encodes images.
+
+        pixel_values: (B, C, H, W), normalised as the image processor does. interpolate_pos_encoding: True admits
+        another image size than the configuration's. attention_mask: (B, N), 1 for tokens to attend to.
+        Raises ValueError for a wrong number of channels or an image size that does not fit.
+        """
+        if pixel_values is None or pixel_values.ndim != 4:
+            shape = None if pixel_values is None else tuple(pixel_values.shape)
+            raise ValueError(f"pixel_values must be (batch, channels, height, width), got {shape}.")
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)  # (B, N, D)
+
+        rotary_tables = None
+        if self.config.position_embedding_type == "rope2d":
+            grid = self.config.patch_grid_of(*pixel_values.shape[-2:])
+            rotary_tables = rope2d_tables(self.config, grid, hidden_states.device)
+        if attention_mask is not None:
+            attention_mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+            )
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, rotary_tables, **kwargs)
+
+        if self.config.final_norm == "before_pooling":
+            hidden_states = self.layernorm(hidden_states)
+        if self.config.pooling == "cls":
+            pooled = hidden_states[:, 0]  # (B, D)
+        else:
+            pooled = hidden_states[:, self.config.num_prefix_tokens :].mean(dim=1)  # (B, D)
+        if self.config.final_norm == "after_pooling":
+            pooled = self.layernorm(pooled)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+
+def image_classification_loss(
+    labels: torch.Tensor,
+    logits: torch.Tensor,
+    config: ViTScratchConfig,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """Mean loss of a batch (the sum over `num_items_in_batch` where that is given, as Trainer does), in float32.
+
+    labels (B,), integers: cross-entropy; -100 is left out. labels (B, K), floats: probabilities of each class (mixup,
+    cutmix), cross-entropy again. `config.problem_type` "multi_label_classification" takes (B, K) of 0 and 1 and binary
+    cross-entropy; "regression", or a single label, the mean squared error. Unlike transformers' own loss, this one
+    never writes `problem_type`. Raises ValueError for labels that do not fit.
+    """
+    labels = labels.to(logits.device)
+    logits = logits.float()
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    soft = labels.is_floating_point()
+    if config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1):
+        loss = nn.functional.mse_loss(logits, labels.float().view_as(logits), reduction=reduction)
+    elif config.problem_type == "multi_label_classification":
+        if not soft or labels.shape != logits.shape:
+            raise ValueError(
+                f"multi_label_classification takes float labels of shape {tuple(logits.shape)}, one 0 or 1 a class; "
+                f"got {labels.dtype} of shape {tuple(labels.shape)}."
+            )
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction=reduction)
+    else:
+        if (soft and labels.shape != logits.shape) or (not soft and labels.numel() != len(logits)):
+            raise ValueError(
+                f"labels must be integers of shape ({len(logits)},), or probabilities of shape {tuple(logits.shape)}; "
+                f"got {labels.dtype} of shape {tuple(labels.shape)}."
+            )
+        labels = labels.float() if soft else labels.view(-1)
+        loss = nn.functional.cross_entropy(logits, labels, reduction=reduction)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def build_classifier(config: ViTScratchConfig) -> nn.Module:
+    """The head on the pooled vector: (B, D) -> (B, K); the identity with no labels."""
+    if config.num_labels == 0:
+        return nn.Identity()
+    if config.classifier == "linear":
+        return nn.Linear(config.hidden_size, config.num_labels)
+    width = config.pooler_output_size or config.hidden_size
+    layers = OrderedDict(
+        dense=nn.Linear(config.hidden_size, width),
+        activation=nn.GELU() if config.classifier == "mlp" else nn.Tanh(),
+        out=nn.Linear(width, config.num_labels),
+    )
+    if config.classifier == "mlp":
+        layers["norm"] = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        layers.move_to_end("norm", last=False)
+    return nn.Sequential(layers)
+
+
+class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
+    """The encoder with a classifier on the pooled vector: pixel_values (B, C, H, W) -> logits (B, K)."""
+
+    def __init__(self, config: ViTScratchConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vit = ViTScratchModel(config)
+        self.classifier = build_classifier(config)
+        self.loss_function = image_classification_loss
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """Classifies images; with labels (see image_classification_loss), gives the loss too.
+
+        pixel_values, interpolate_pos_encoding, attention_mask: as ViTScratchModel's.
+        """
+        outputs: BaseModelOutputWithPooling = self.vit(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        logits = self.classifier(outputs.pooler_output)  # (B, K)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = ["ViTScratchForImageClassification", "ViTScratchModel", "ViTScratchPreTrainedModel"]
