@@ -73,8 +73,8 @@ class ViTScratchConfig(PreTrainedConfig):
     position_embedding_type: str = "learned"  # "sincos2d": fixed, 2205.01580; "rope2d": axial, 2403.13298; "none"
     prefix_positions: bool = True  # False: learned positions for patches only (DeiT III, timm's no_embed_class)
     rope_theta: float | int = 100.0  # base of the rotary frequencies; 2403.13298, section 3.2
-    token_init: str | float = "trunc_normal"  # class and register tokens; a number is a constant
-    position_init: str | float = "trunc_normal"  # learned positions; "sincos2d" starts them at the fixed table
+    token_init: str | float | int = "trunc_normal"  # class and register tokens; a number is a constant
+    position_init: str | float | int = "trunc_normal"  # learned positions; "sincos2d" starts them at the fixed table
     embedding_norm: bool = False  # a LayerNorm between the embeddings and the first layer (CLIP, timm's pre_norm)
 
     # --- layers (equations 2 and 3)
@@ -99,11 +99,21 @@ class ViTScratchConfig(PreTrainedConfig):
     zero_init_residual: bool = False  # attention output and second MLP matrix start at zero: each layer is the identity
 
     def __post_init__(self, **kwargs: Any):
-        super().__post_init__(**kwargs)
-        if self.id2label is not None and set(self.label2id or {}) != set(self.id2label.values()):
-            # transformers leaves a map of the old size where only id2label was given (5.17 to 5.23)
-            self.label2id = {name: index for index, name in self.id2label.items()}
+        super().__post_init__(**kwargs)  # sets id2label
         self.validate_architecture()  # here too, so that people see a plain ValueError
+
+    def __setattr__(self, name: str, value: Any):
+        super().__setattr__(name, value)
+        if name == "id2label" and value is not None:
+            # transformers leaves label2id as it was where only id2label is given (5.17 to 5.23)
+            self.label2id = {label: int(index) for index, label in value.items()}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As transformers' own, but the fields that `kwargs` put over the saved ones are validated too."""
+        loaded = super().from_dict(config_dict, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).validate_architecture()
+        return loaded
 
     # --- derived values: properties, never second fields
 
@@ -230,6 +240,10 @@ class ViTScratchConfig(PreTrainedConfig):
         for name in ("initializer_range", "layer_norm_eps", "rope_theta"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}.")
+        for name in ("layer_scale_init", "token_init", "position_init"):
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not abs(value) < float("inf"):  # NaN fails too
+                raise ValueError(f"{name} must be a finite number, got {value}.")
 
     # --- presets
 
@@ -244,7 +258,10 @@ class ViTScratchConfig(PreTrainedConfig):
         unknown = sorted(set(overrides) - set(cls.__dataclass_fields__) - {"num_labels"})
         if unknown:
             raise ValueError(f"No field {unknown[0]!r} in ViTScratchConfig. Known: {', '.join(architecture_fields())}.")
-        return cls(**{**PRESETS[name], **overrides})
+        preset = dict(PRESETS[name])
+        if overrides.get("id2label") is not None:
+            preset.pop("num_labels", None)  # transformers would drop the names where the numbers differ
+        return cls(**{**preset, **overrides})
 
 
 def architecture_fields() -> list[str]:
@@ -267,7 +284,7 @@ def _small(hidden_size, num_hidden_layers, num_attention_heads, mlp_ratio, patch
     """A network for 32-pixel images trained from nothing: mean pooling, no class token (2205.01580 finds it better)."""
     small = {"image_size": 32, "patch_size": patch_size, "pooling": "mean", "use_cls_token": False}
     widths = (hidden_size, num_hidden_layers, num_attention_heads, mlp_ratio * hidden_size)
-    return _size(*widths, **{**small, "weight_init": "trunc_normal", **fields})
+    return _size(*widths, **{**small, "weight_init": "xavier_uniform", **fields})
 
 
 _TI, _S = (192, 12, 3, 768), (384, 12, 6, 1536)  # 2012.12877, table 1 (Ti, S)

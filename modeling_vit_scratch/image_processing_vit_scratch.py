@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
-from transformers.image_utils import ChannelDimension, PILImageResampling
+from transformers.image_utils import ChannelDimension, PILImageResampling, to_numpy_array
+from transformers.processing_utils import ImagesKwargs
 
 
 def pil_to_channels(image: Any, num_channels: int) -> Any:
@@ -37,9 +38,16 @@ def array_to_channels(image: Any, num_channels: int) -> Any:
     return image
 
 
+class ViTScratchImagesKwargs(ImagesKwargs, total=False):
+    """What a processor may be given, at construction or at a call."""
+
+    num_channels: int
+
+
 class _ViTScratchImageProcessing:
     """What both backends share: the defaults (transformers' ViT has the same) and the channels."""
 
+    valid_kwargs = ViTScratchImagesKwargs
     resample = PILImageResampling.BILINEAR
     size = {"height": 224, "width": 224}
     do_resize = True
@@ -60,13 +68,23 @@ class _ViTScratchImageProcessing:
 
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, input_data_format=None, **kwargs):
         """One image as (C, H, W) of `num_channels` channels. do_convert_rgb is not needed: the channels decide."""
+        num_channels = kwargs.get("num_channels") or self.num_channels
         if hasattr(image, "convert"):
-            image = pil_to_channels(image, self.num_channels)
-        elif input_data_format is None and image.ndim == 3 and self.num_channels in (image.shape[0], image.shape[-1]):
-            first = image.shape[0] == self.num_channels
+            image = to_numpy_array(pil_to_channels(image, num_channels))  # (H, W) or (H, W, C)
+            input_data_format = ChannelDimension.FIRST if image.ndim == 2 else ChannelDimension.LAST
+        elif input_data_format is None and image.ndim == 3 and num_channels in (image.shape[0], image.shape[-1]):
+            first = image.shape[0] == num_channels
             input_data_format = ChannelDimension.FIRST if first else ChannelDimension.LAST
         image = super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs)
-        return array_to_channels(image, self.num_channels)
+        image = array_to_channels(image, num_channels)
+        mean = kwargs.get("image_mean")
+        expected = len(mean) if kwargs.get("do_normalize") and isinstance(mean, (list, tuple)) else num_channels
+        if image.shape[0] != expected:
+            raise ValueError(
+                f"An image has {image.shape[0]} channels, the image processor expects {expected}; convert the image, "
+                f"or build the processor with num_channels={image.shape[0]}."
+            )
+        return image
 
 
 class ViTScratchImageProcessor(_ViTScratchImageProcessing, TorchvisionBackend):
@@ -79,6 +97,14 @@ class ViTScratchImageProcessor(_ViTScratchImageProcessing, TorchvisionBackend):
 
 class ViTScratchImageProcessorPil(_ViTScratchImageProcessing, PilBackend):
     """Images to pixel_values (B, num_channels, H, W), by PIL and numpy alone: for where torchvision is not installed."""
+
+    def resize(self, image, size, resample=None, **kwargs):
+        resize = super().resize
+        if image.shape[0] in (1, 3):
+            return resize(image, size, resample, **kwargs)
+        # PIL weighs two and four channels by the last, as transparency, and knows no five: one channel at a time
+        channels = [torch.from_numpy(resize(channel[None], size, resample, **kwargs)) for channel in image]
+        return torch.cat(channels).numpy()
 
 
 __all__ = ["ViTScratchImageProcessor", "ViTScratchImageProcessorPil"]

@@ -244,6 +244,7 @@ class ViTScratchAttention(nn.Module):
         self.q_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.proj_bias)
+        self.o_proj.ends_branch = True  # for zero_init_residual
 
     def forward(
         self,
@@ -286,6 +287,7 @@ class ViTScratchMLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.fc2.ends_branch = True  # for zero_init_residual
         rate = config.mlp_dropout_prob
         self.hidden_dropout = nn.Dropout(rate or 0.0)
         self.output_dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
@@ -389,7 +391,7 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
         | norms | one and zero |
         | class and register tokens, positions | `token_init`, `position_init` |
         | LayerScale | `layer_scale_init` |
-        | attention output, second MLP matrix | zero with `zero_init_residual` |
+        | attention output, second MLP matrix | zero, with their biases, with `zero_init_residual` |
         """
         super()._init_weights(module)
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -400,12 +402,12 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
             self._init_table(module.position_embeddings, self.config.position_init)
         elif isinstance(module, ViTScratchLayerScale):
             init.constant_(module.lambda1, self.config.layer_scale_init)
-        elif isinstance(module, ViTScratchLayer) and self.config.zero_init_residual:
-            init.zeros_(module.attention.o_proj.weight)
-            init.zeros_(module.mlp.fc2.weight)
 
     def _init_matrix(self, module: nn.Linear | nn.Conv2d):
-        if self.config.weight_init == "trunc_normal":
+        if self.config.zero_init_residual and getattr(module, "ends_branch", False):
+            # not at the layer: transformers passes over a third party's module without parameters of its own (5.17, 5.23)
+            init.zeros_(module.weight)
+        elif self.config.weight_init == "trunc_normal":
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
         elif self.config.weight_init == "xavier_uniform":
             init.xavier_uniform_(module.weight)
@@ -512,6 +514,11 @@ def image_classification_loss(
     reduction = "mean" if num_items_in_batch is None else "sum"
     soft = labels.is_floating_point()
     if config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1):
+        if labels.numel() != logits.numel():
+            raise ValueError(
+                f"regression takes one number for each of the logits of shape {tuple(logits.shape)}; got labels of "
+                f"shape {tuple(labels.shape)}."
+            )
         loss = nn.functional.mse_loss(logits, labels.float().view_as(logits), reduction=reduction)
     elif config.problem_type == "multi_label_classification":
         if not soft or labels.shape != logits.shape:

@@ -1,0 +1,230 @@
+"""Encoded images with their labels, by shard and row: in memory, in a table, in parquet or tar shards, in folders.
+
+Every class here answers the same two questions: how many rows has each shard (`shard_sizes`), and what stands in
+these rows of that shard (`read`). Nothing is decoded here.
+"""
+
+import os
+import tarfile
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+
+from ..errors import UserError
+
+# Encoded bytes of row groups kept per process, so that lanes that read one row group share it (CIFAR-10 and MNIST on
+# the Hub are one row group a split: 120 MB and 20 MB).
+ROW_GROUP_CACHE_BYTES = 512 * 1024**2
+
+
+@dataclass
+class Example:
+    """One undecoded row: `image` is encoded bytes, a file's path or a uint8 array; `name` is for people."""
+
+    image: bytes | str | np.ndarray
+    label: Any
+    name: str
+
+
+class ArrayExamples:
+    """Images that are already pixels: uint8 (N, H, W) or (N, H, W, C), with integer labels (N,). One shard."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, name: str):
+        self.images, self.label_values, self.name = images, labels, name
+        self.shard_sizes = [len(images)]
+
+    def read(self, shard: int, rows: Sequence[int]) -> list[Example]:
+        return [Example(self.images[row], int(self.label_values[row]), f"{self.name} row {row}") for row in rows]
+
+    def labels(self) -> list[Any]:
+        return self.label_values.tolist()
+
+
+class FolderExamples:
+    """Image files with labels given by their folders. One shard; the order is that of the sorted paths."""
+
+    def __init__(self, paths: list[str], labels: list[Any]):
+        self.paths, self.label_values = paths, labels
+        self.shard_sizes = [len(paths)]
+
+    def read(self, shard: int, rows: Sequence[int]) -> list[Example]:
+        return [Example(self.paths[row], self.label_values[row], self.paths[row]) for row in rows]
+
+    def labels(self) -> list[Any]:
+        return list(self.label_values)
+
+
+class TableExamples:
+    """A `datasets.Dataset`: memory-mapped, any row at any time. One shard."""
+
+    def __init__(self, table: datasets.Dataset, image_column: str, label_column: str, name: str):
+        self.image_column, self.label_column, self.name = image_column, label_column, name
+        table = table.select_columns([image_column, label_column])
+        self.table = table.cast_column(image_column, datasets.Image(decode=False))
+        self.shard_sizes = [len(table)]
+
+    def read(self, shard: int, rows: Sequence[int]) -> list[Example]:
+        columns = self.table[list(map(int, rows))]
+        pairs = zip(rows, columns[self.image_column], columns[self.label_column], strict=True)
+        return [Example(encoded_image(image), label, f"{self.name} row {row}") for row, image, label in pairs]
+
+    def labels(self) -> list[Any]:
+        return list(self.table[self.label_column])
+
+
+def encoded_image(cell: Any) -> bytes | str:
+    """The bytes of an image cell of a Hub table (a struct of bytes and path), or its path where it has no bytes."""
+    if isinstance(cell, dict):
+        return cell["bytes"] if cell.get("bytes") is not None else cell["path"]
+    return cell
+
+
+class ParquetExamples:
+    """Parquet shards, local or on the Hub, read by row group without decoding.
+
+    pyarrow reads them rather than `datasets.IterableDataset`, whose shuffle buffer loses and repeats rows on resume
+    (datasets issue 7901) and which cannot start in the middle of a shard.
+    """
+
+    def __init__(self, urls: list[str], image_column: str, label_column: str):
+        self.urls, self.image_column, self.label_column = urls, image_column, label_column
+        self._forget_handles()
+        self.row_group_ends = []
+        for shard in range(len(urls)):
+            metadata = self._file(shard).metadata
+            sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+            self.row_group_ends.append(np.cumsum(sizes, dtype=np.int64))
+        self.shard_sizes = [int(ends[-1]) if len(ends) else 0 for ends in self.row_group_ends]
+
+    def _forget_handles(self):
+        self._process = os.getpid()
+        self._cache: OrderedDict[tuple[int, int], tuple[Any, Any]] = OrderedDict()
+        self._files: dict[int, pq.ParquetFile] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_process", "_cache", "_files", "_lock")  # a worker opens its own
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]):
+        self.__dict__.update(state)
+        self._forget_handles()
+
+    def _file(self, shard: int) -> pq.ParquetFile:
+        if shard not in self._files:
+            try:
+                handle = fsspec.open(self.urls[shard], "rb").open()
+                self._files[shard] = pq.ParquetFile(handle)
+            except Exception as error:
+                raise UserError(f"Shard {self.urls[shard]} cannot be read as parquet: {error}") from error
+        return self._files[shard]
+
+    def _row_group(self, shard: int, group: int) -> tuple[Any, Any]:
+        key = (shard, group)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        table = self._file(shard).read_row_group(group, columns=[self.image_column, self.label_column])
+        columns = table.column(self.image_column), table.column(self.label_column)
+        self._cache[key] = columns
+        while len(self._cache) > 1 and sum(c.nbytes for c, _ in self._cache.values()) > ROW_GROUP_CACHE_BYTES:
+            self._cache.popitem(last=False)
+        return columns
+
+    def read(self, shard: int, rows: Sequence[int]) -> list[Example]:
+        if self._process != os.getpid():
+            self._forget_handles()  # a forked worker shares file offsets with its parent
+        rows = np.asarray(rows, dtype=np.int64)
+        ends = self.row_group_ends[shard]
+        groups = np.searchsorted(ends, rows, side="right")
+        examples: list[Example] = []
+        url = self.urls[shard]
+        with self._lock:
+            for group in np.unique(groups):  # rows come in ascending order
+                wanted = rows[groups == group]
+                start = int(ends[group - 1]) if group else 0
+                images, labels = self._row_group(shard, int(group))
+                taken = wanted - start
+                pairs = zip(wanted, images.take(taken).to_pylist(), labels.take(taken).to_pylist(), strict=True)
+                examples += [Example(encoded_image(image), label, f"{url} row {row}") for row, image, label in pairs]
+        return examples
+
+    def labels(self) -> list[Any]:
+        """Every label in shard order: reads the label column alone."""
+        return [
+            label
+            for shard in range(len(self.urls))
+            for label in self._file(shard).read(columns=[self.label_column]).column(0).to_pylist()
+        ]
+
+
+class TarExamples:
+    """WebDataset shards on this machine: tar files whose members `key.jpg` and `key.cls` make an example.
+
+    The headers are read once, so that any row can be reached. Raises UserError for a truncated archive and for a key
+    that lacks its image or its label.
+    """
+
+    LABEL_ENDINGS = ("cls", "txt", "label")
+    IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "gif", "tif", "tiff")
+
+    def __init__(self, paths: list[str]):
+        self.paths = paths
+        self.index = [self._read_index(path) for path in paths]
+        self.shard_sizes = [len(rows) for rows in self.index]
+
+    def _read_index(self, path: str) -> list[tuple[str, int, int, int, int]]:
+        members: dict[str, dict[str, tuple[int, int]]] = {}
+        size = os.path.getsize(path)
+        try:
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    folder, _, file_name = member.name.rpartition("/")
+                    stem, _, ending = file_name.partition(".")
+                    if not member.isfile() or not stem:
+                        continue
+                    if member.offset_data + member.size > size:
+                        raise tarfile.ReadError(f"{member.name} ends past the end of the file")
+                    key = f"{folder}/{stem}" if folder else stem
+                    members.setdefault(key, {})[ending.lower()] = (member.offset_data, member.size)
+        except tarfile.TarError as error:
+            raise UserError(f"Shard {path} is not a whole tar archive: {error}. Fetch it again.") from error
+        rows = []
+        for key, parts in members.items():
+            image = next((parts[ending] for ending in self.IMAGE_ENDINGS if ending in parts), None)
+            label = next((parts[ending] for ending in self.LABEL_ENDINGS if ending in parts), None)
+            if image is None or label is None:
+                missing = "image" if image is None else "label (.cls)"
+                raise UserError(f"Shard {path}: example {key!r} has no {missing}, only {', '.join(sorted(parts))}.")
+            rows.append((key, *image, *label))
+        return rows
+
+    def read(self, shard: int, rows: Sequence[int]) -> list[Example]:
+        examples = []
+        with open(self.paths[shard], "rb") as file:
+            for row in rows:
+                key, image_start, image_size, label_start, label_size = self.index[shard][row]
+                file.seek(image_start)
+                image = file.read(image_size)
+                file.seek(label_start)
+                text = file.read(label_size).decode("utf-8", "replace").strip()
+                label = int(text) if text.lstrip("-").isdigit() else text
+                examples.append(Example(image, label, f"{self.paths[shard]} {key}"))
+        return examples
+
+    def labels(self) -> list[Any]:
+        return [
+            example.label
+            for shard, size in enumerate(self.shard_sizes)
+            for example in self.read(shard, range(size))
+        ]
+
+
+Examples = ArrayExamples | FolderExamples | TableExamples | ParquetExamples | TarExamples

@@ -1,0 +1,307 @@
+"""Batches of uint8 images on their way to the device: kept resident, read at random, or streamed by lanes.
+
+All three give the same kind of batch for a step, whatever the number of workers; ranks take disjoint parts of it.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from ..errors import UserError
+from .decoding import Decoder
+from .examples import Example
+from .order import ResidentOrder, StreamOrder
+from .sources import Source, Split
+
+RESIDENT_BYTES = 2 * 1024**3  # sets that decode to no more than this are decoded once and kept
+
+
+@dataclass
+class Batch:
+    """What one rank computes of a step's global batch.
+
+    images uint8 (B, C, H, W); labels int64 (B,); positions int64 (B,): where each stands in the global batch, or, in
+    evaluation, in the split.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels, self.positions)))
+
+    def pin_memory(self) -> "Batch":
+        return Batch(*(tensor.pin_memory() for tensor in (self.images, self.labels, self.positions)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def decode_all(source: Source, split: Split, decoder: Decoder, num_threads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every image of a split as one uint8 tensor (N, C, H, W), and the labels (N,)."""
+    decoded, labels = [], []
+    with ThreadPoolExecutor(num_threads) as pool:  # PIL releases the interpreter while it decodes
+        for shard in range(len(split.shard_sizes)):
+            rows = split.rows(shard)
+            for start in range(0, len(rows), 1024):
+                examples = split.examples.read(shard, rows[start : start + 1024])
+                decoded.append(torch.stack(list(pool.map(decoder, examples))))
+                labels += [source.label_id(example.label, example.name) for example in examples]
+    return torch.cat(decoded), torch.tensor(labels, dtype=torch.int64)
+
+
+class ResidentImages:
+    """A whole split as uint8 on a device, and batches gathered from it by index."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, device: torch.device):
+        self.images, self.labels = images.to(device), labels.to(device)
+
+    def gather(self, samples: np.ndarray, positions: np.ndarray) -> Batch:
+        index = torch.from_numpy(samples).to(self.images.device)
+        return Batch(self.images[index], self.labels[index], torch.from_numpy(positions).to(index.device))
+
+
+# ---------------------------------------------------------------- what a worker does
+
+
+class _RowReader:
+    """Reads and decodes single rows of a split, by their number over all its shards."""
+
+    def __init__(self, source: Source, split: Split, decoder: Decoder):
+        self.source, self.split, self.decoder = source, split, decoder
+        self.ends = np.cumsum(split.shard_sizes)
+
+    def examples(self, samples: np.ndarray) -> list[Example]:
+        shards = np.searchsorted(self.ends, samples, side="right")
+        found: dict[int, Example] = {}
+        for shard in np.unique(shards):
+            start = self.ends[shard] - self.split.shard_sizes[shard]
+            wanted = np.sort(samples[shards == shard])
+            rows = self.split.rows(int(shard))[wanted - start]
+            found.update(zip(wanted.tolist(), self.split.examples.read(int(shard), rows), strict=True))
+        return [found[sample] for sample in samples.tolist()]
+
+    def batch(self, samples: np.ndarray, positions: np.ndarray, epochs: np.ndarray | None = None) -> Batch:
+        epochs = np.zeros(len(samples), dtype=np.int64) if epochs is None else epochs
+        examples = self.examples(samples)
+        triples = zip(examples, epochs.tolist(), samples.tolist(), strict=True)
+        return collate(self.source, examples, [self.decoder(*triple) for triple in triples], positions)
+
+
+def collate(source: Source, examples: list[Example], images: list[torch.Tensor], positions: np.ndarray) -> Batch:
+    labels = [source.label_id(example.label, example.name) for example in examples]
+    return Batch(torch.stack(images), torch.tensor(labels, dtype=torch.int64), torch.from_numpy(positions))
+
+
+class _StepDataset(Dataset):
+    """Training steps of a set that is read at random: item `step` is this rank's part of that step's batch."""
+
+    def __init__(self, reader: _RowReader, order: ResidentOrder, batch_size: int, rank: int, world_size: int):
+        self.reader, self.order, self.batch_size = reader, order, batch_size
+        self.positions = order.local_positions(batch_size, rank, world_size)
+
+    def __getitem__(self, step: int) -> Batch | UserError:
+        epochs, samples = self.order.batch(step, self.batch_size)
+        try:
+            return self.reader.batch(samples[self.positions], self.positions, epochs[self.positions])
+        except UserError as error:
+            return error  # a DataLoader would wrap it in a traceback
+
+
+class _ChunkDataset(Dataset):
+    """Evaluation: item i is this rank's part of the samples [i * batch_size, (i + 1) * batch_size)."""
+
+    def __init__(self, reader: _RowReader, batch_size: int, rank: int, world_size: int):
+        self.reader, self.batch_size, self.rank, self.world_size = reader, batch_size, rank, world_size
+
+    def __getitem__(self, index: int) -> Batch | UserError | None:
+        samples = chunk_of(index, self.batch_size, len(self.reader.split), self.rank, self.world_size)
+        try:
+            return self.reader.batch(samples, samples) if len(samples) else None
+        except UserError as error:
+            return error
+
+
+def chunk_of(index: int, batch_size: int, num_samples: int, rank: int, world_size: int) -> np.ndarray:
+    """This rank's samples of evaluation batch `index`: none twice, none left out."""
+    start = index * batch_size
+    return np.arange(start + rank, min(start + batch_size, num_samples), world_size)
+
+
+class _StreamDataset(IterableDataset):
+    """Training steps of a stream: each worker reads some of this rank's lanes and yields its part of every step."""
+
+    def __init__(
+        self,
+        reader: _RowReader,
+        order: StreamOrder,
+        batch_size: int,
+        steps: range,
+        rank: int,
+        world_size: int,
+    ):
+        self.reader, self.order, self.batch_size, self.steps = reader, order, batch_size, steps
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[Batch | UserError | None]:
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        windows: dict[int, tuple[tuple[int, int], list[Example]]] = {}
+        for step in self.steps:
+            epochs, lanes, numbers = self.order.batch(step, self.batch_size)
+            owned = (lanes % self.world_size == self.rank) & (lanes // self.world_size % num_workers == worker)
+            positions = np.flatnonzero(owned)
+            try:
+                yield self._read(epochs, lanes, numbers, positions, windows) if len(positions) else None
+            except UserError as error:
+                yield error
+                return
+
+    def _read(self, epochs, lanes, numbers, positions, windows) -> Batch:
+        examples, images = [], []
+        for position in positions.tolist():
+            epoch, lane, number = int(epochs[position]), int(lanes[position]), int(numbers[position])
+            index, offset = divmod(number, self.order.window)
+            if windows.get(lane, (None,))[0] != (epoch, index):
+                windows[lane] = ((epoch, index), self._open_window(epoch, lane, index))
+            example = windows[lane][1][offset]
+            sample = self.order.lane_start(lane) + number  # with the epoch, names the draw of its crop
+            examples.append(example)
+            images.append(self.reader.decoder(example, epoch, sample))
+        return collate(self.reader.source, examples, images, positions)
+
+    def _open_window(self, epoch: int, lane: int, index: int) -> list[Example]:
+        split = self.reader.split
+        examples = []
+        for shard, numbers in self.order.window_pieces(epoch, lane, index):
+            examples += split.examples.read(shard, split.rows(shard)[numbers])
+        return [examples[i] for i in self.order.window_permutation(epoch, lane, index)]
+
+
+# ---------------------------------------------------------------- what the loop asks for
+
+
+class TrainingData:
+    """The training split in its order: `batches(start, stop)` gives this rank's part of each step's global batch."""
+
+    def __init__(
+        self,
+        source: Source,
+        decoder: Decoder,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        device: torch.device,
+        num_lanes: int = 24,
+        window: int = 256,
+        num_threads: int = 1,
+    ):
+        self.source, self.split = source, source.splits["train"]
+        self.batch_size, self.rank, self.world_size, self.num_workers = batch_size, rank, world_size, num_workers
+        self.reader = _RowReader(source, self.split, decoder)
+        self.resident: ResidentImages | None = None
+        if source.streaming:
+            if world_size > num_lanes:
+                raise UserError(f"{world_size} processes share {num_lanes} lanes: set --stream_lanes {2 * world_size}.")
+            self.order = StreamOrder(self.split.shard_sizes, seed, num_lanes, window)
+        else:
+            self.order = ResidentOrder(len(self.split), seed)
+            if is_resident(source, self.split, decoder):
+                self.resident = ResidentImages(*decode_all(source, self.split, decoder, num_threads), device)
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """This rank's batches of the steps from `start` to before `stop`."""
+        steps = range(start, stop)
+        if self.resident is not None:
+            positions = self.order.local_positions(self.batch_size, self.rank, self.world_size)
+            for step in steps:
+                _, samples = self.order.batch(step, self.batch_size)
+                yield self.resident.gather(samples[positions], positions)
+        elif isinstance(self.order, ResidentOrder):
+            dataset = _StepDataset(self.reader, self.order, self.batch_size, self.rank, self.world_size)
+            yield from _load(dataset, self.num_workers, sampler=steps)
+        else:
+            shared = (self.order, self.batch_size, steps, self.rank, self.world_size)
+            yield from self._merge(_StreamDataset(self.reader, *shared))
+
+    def _merge(self, dataset: _StreamDataset) -> Iterator[Batch]:
+        """Puts the workers' parts of each step together, in the order of their positions."""
+        workers = max(1, min(self.num_workers, -(-self.order.num_lanes // self.world_size)))
+        parts: list[Batch | None] = []
+        # a DataLoader takes one item of each worker in turn, so `workers` items in a row are one step
+        for part in _load(dataset, workers if self.num_workers else 0):
+            parts.append(part)
+            if len(parts) < workers:
+                continue
+            whole = [part for part in parts if part is not None]
+            parts = []
+            order = torch.cat([part.positions for part in whole]).argsort()
+            tensors = zip(*((p.images, p.labels, p.positions) for p in whole), strict=True)
+            yield Batch(*(torch.cat(tensor)[order] for tensor in tensors))
+
+
+def is_resident(source: Source, split: Split, decoder: Decoder) -> bool:
+    """Whether a split is decoded once and kept: no draw at decoding, and small enough."""
+    image_bytes = decoder.size[0] * decoder.size[1] * decoder.processor.num_channels
+    return not source.streaming and decoder.crop_scale is None and len(split) * image_bytes <= RESIDENT_BYTES
+
+
+class EvaluationData:
+    """A split in its own order: `batches()` gives each of its samples once over all ranks."""
+
+    def __init__(
+        self,
+        source: Source,
+        split: Split,
+        decoder: Decoder,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        device: torch.device,
+        num_threads: int = 1,
+    ):
+        self.split, self.batch_size, self.num_workers = split, batch_size, num_workers
+        self.rank, self.world_size = rank, world_size
+        self.reader = _RowReader(source, split, decoder)
+        self.resident: ResidentImages | None = None
+        if is_resident(source, split, decoder):
+            self.resident = ResidentImages(*decode_all(source, split, decoder, num_threads), device)
+
+    def batches(self) -> Iterator[Batch]:
+        num_batches = -(-len(self.split) // self.batch_size)
+        if self.resident is not None:
+            for index in range(num_batches):
+                samples = chunk_of(index, self.batch_size, len(self.split), self.rank, self.world_size)
+                if len(samples):
+                    yield self.resident.gather(samples, samples)
+            return
+        dataset = _ChunkDataset(self.reader, self.batch_size, self.rank, self.world_size)
+        for batch in _load(dataset, self.num_workers, sampler=range(num_batches)):
+            if batch is not None:
+                yield batch
+
+
+def _load(dataset: Any, num_workers: int, sampler: range | None = None) -> Iterator[Batch | None]:
+    # a generator of its own: a DataLoader without one draws its base seed from the global one, which is the model's
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+    )
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item

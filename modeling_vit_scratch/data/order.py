@@ -1,0 +1,146 @@
+"""Which sample when, as pure arithmetic of (seed, purpose, epoch, step): nothing here reads a clock or a global state.
+
+A run is one endless row of samples: sample s of the run belongs to epoch s // N and is position s % N of that epoch;
+step b with global batch B takes samples b*B to b*B + B - 1. So an epoch shows each sample exactly once whatever B is,
+every batch is full, and the position of a run is its step.
+"""
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A 63-bit seed for the purpose that the parts name: the same parts give the same seed on every machine."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def derived_rng(*parts: int | str) -> np.random.Generator:
+    """A fresh numpy generator for the purpose that the parts name."""
+    return np.random.Generator(np.random.Philox(derived_seed(*parts)))
+
+
+# ---------------------------------------------------------------- held-out samples
+
+
+def stratified_holdout(labels: np.ndarray, rate: float, seed: int) -> np.ndarray:
+    """A mask (N,) that is True for the held-out samples: `rate` of each class, but never a class's last one."""
+    mask = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        count = min(round(rate * len(rows)), len(rows) - 1)
+        mask[derived_rng(seed, "holdout", int(label)).permutation(rows)[:count]] = True
+    return mask
+
+
+def hash_holdout(seed: int, shard: int, num_rows: int, rate: float) -> np.ndarray:
+    """A mask (num_rows,) that is True where hash(seed, shard, row) falls under `rate`: known without any label."""
+    values = np.arange(num_rows, dtype=np.uint64) + np.uint64(derived_seed(seed, "holdout", shard))
+    with np.errstate(over="ignore"):  # splitmix64: arithmetic modulo 2**64
+        values += np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        values ^= values >> np.uint64(31)
+    return values < np.uint64(min(int(rate * 2**64), 2**64 - 1))
+
+
+# ---------------------------------------------------------------- resident sets
+
+
+class ResidentOrder:
+    """The order of a set in memory: each epoch a fresh permutation of all samples, the same for any number of ranks."""
+
+    def __init__(self, num_samples: int, seed: int):
+        self.num_samples, self.seed = num_samples, seed
+        self._permutation = lru_cache(maxsize=2)(self._permute)  # a batch touches at most two epochs at a time
+
+    def _permute(self, epoch: int) -> np.ndarray:
+        return derived_rng(self.seed, "order", epoch).permutation(self.num_samples)
+
+    def __getstate__(self):
+        return {"num_samples": self.num_samples, "seed": self.seed}
+
+    def __setstate__(self, state):
+        self.__init__(**state)
+
+    def batch(self, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, samples) of the global batch of this step, both (batch_size,)."""
+        positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
+        epochs, offsets = np.divmod(positions, self.num_samples)
+        samples = np.empty(batch_size, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            samples[epochs == epoch] = self._permutation(int(epoch))[offsets[epochs == epoch]]
+        return epochs, samples
+
+    @staticmethod
+    def local_positions(batch_size: int, rank: int, world_size: int) -> np.ndarray:
+        """Which positions of a global batch this rank computes."""
+        return np.arange(rank, batch_size, world_size)
+
+
+# ---------------------------------------------------------------- streams
+
+
+class StreamOrder:
+    """The order of a stream of shards: lanes that each read a contiguous part, samples dealt from them in turn.
+
+    An epoch lays the shards end to end in an order drawn for it, turned by a drawn offset, and cuts that row of N
+    samples into `num_lanes` parts whose lengths differ by one at most. Each lane shuffles its part in windows of
+    `window` samples. Sample t of the epoch is number t // num_lanes of lane t % num_lanes. So any sample is found from
+    (seed, epoch, t) alone, each comes exactly once an epoch, a rank or worker reads only the lanes that it owns, and
+    going on in the middle opens one window a lane.
+
+    shard_sizes: samples in each shard. The number of lanes is fixed for a run; ranks that divide it get equal shares.
+    """
+
+    def __init__(self, shard_sizes: list[int], seed: int, num_lanes: int = 24, window: int = 256):
+        self.sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.num_samples = int(self.sizes.sum())
+        self.num_lanes = max(1, min(num_lanes, self.num_samples))
+        self.seed, self.window = seed, window
+        self._layout = lru_cache(maxsize=2)(self._lay_out)
+
+    def __getstate__(self):
+        return {"shard_sizes": self.sizes.tolist(), "seed": self.seed, "num_lanes": self.num_lanes, "window": self.window}
+
+    def __setstate__(self, state):
+        self.__init__(**state)
+
+    def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """(shards in their order, where each ends, the offset by which the row is turned)."""
+        rng = derived_rng(self.seed, "shards", epoch)
+        order = rng.permutation(len(self.sizes))
+        return order, np.cumsum(self.sizes[order]), int(rng.integers(self.num_samples))
+
+    def lane_length(self, lane: int) -> int:
+        return self.num_samples // self.num_lanes + int(lane < self.num_samples % self.num_lanes)
+
+    def lane_start(self, lane: int) -> int:
+        return lane * (self.num_samples // self.num_lanes) + min(lane, self.num_samples % self.num_lanes)
+
+    def batch(self, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(epochs, lanes, numbers within the lane) of the global batch of this step, each (batch_size,)."""
+        positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
+        epochs, offsets = np.divmod(positions, self.num_samples)
+        return epochs, offsets % self.num_lanes, offsets // self.num_lanes
+
+    def window_pieces(self, epoch: int, lane: int, index: int) -> list[tuple[int, np.ndarray]]:
+        """What to read for window `index` of a lane: (shard, ascending numbers of samples within it), piece by piece."""
+        start = self.lane_start(lane) + index * self.window
+        stop = min(start + self.window, self.lane_start(lane) + self.lane_length(lane))
+        order, ends, turn = self._layout(epoch)
+        positions = (np.arange(start, stop, dtype=np.int64) + turn) % self.num_samples
+        places = np.searchsorted(ends, positions, side="right")
+        pieces = []
+        for place in dict.fromkeys(places.tolist()):  # in reading order
+            shard = int(order[place])
+            numbers = positions[places == place] - (ends[place] - self.sizes[shard])
+            pieces.append((shard, np.sort(numbers)))  # the turned row may end and begin in one shard
+        return pieces
+
+    def window_permutation(self, epoch: int, lane: int, index: int) -> np.ndarray:
+        """How the window's samples are dealt: number i within the window is element permutation[i] of its pieces."""
+        length = min(self.window, self.lane_length(lane) - index * self.window)
+        return derived_rng(self.seed, "window", epoch, lane, index).permutation(length)

@@ -1,0 +1,16 @@
+"""The one error that is a person's to mend: a line of text, no traceback, exit code 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something a person can put right. The text says what was expected, what came, and what to do."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
+    """The error for a name that a table does not have: it lists the names, the closest one first."""
+    choices = sorted(map(str, known))
+    close = difflib.get_close_matches(str(name), choices, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return UserError(f"No {kind} {name!r}.{hint} Known: {', '.join(choices)}.")

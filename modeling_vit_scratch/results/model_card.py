@@ -1,0 +1,231 @@
+"""model/README.md: the model card of a finished run, made from the run's records alone."""
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from .record import (
+    METRICS,
+    RunRecord,
+    accuracy_margin,
+    dataset_hub_id,
+    dataset_label,
+    duration_text,
+    hub_id,
+    judged_split,
+    metric_label,
+    metric_text,
+    overfitting_note,
+    printable,
+    public_command,
+    public_word,
+    read_run,
+    scores,
+    split_sizes,
+    weights_text,
+)
+
+MOST_CLASSES_NAMED = 20
+
+USE = """\
+## How to use
+
+The code travels with the weights, so `trust_remote_code=True` runs it from this repository; read it first. Where the
+package `modeling_vit_scratch` is installed, `import modeling_vit_scratch` takes its place.
+
+```python
+from transformers import pipeline
+
+classifier = pipeline("image-classification", model="{model}", trust_remote_code=True)
+print(classifier("picture.jpg"))
+```
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("{model}", trust_remote_code=True)
+model = AutoModelForImageClassification.from_pretrained("{model}", trust_remote_code=True)
+inputs = processor(Image.open("picture.jpg"), return_tensors="pt")
+with torch.inference_mode():
+    probabilities = model(**inputs).logits.softmax(-1)[0]
+print(model.config.id2label[probabilities.argmax().item()], probabilities.max().item())
+```"""
+
+
+def write_model_card(run_dir: str | Path) -> Path:
+    """The path of the model card it writes: README.md beside the weights in the run's model/ folder."""
+    run = read_run(run_dir)
+    path = run.folder / "model" / "README.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"---\n{metadata(run).to_yaml()}\n---\n\n{body(run)}\n", encoding="utf-8", newline="\n")
+    return path
+
+
+# ---------------------------------------------------------------- metadata
+
+
+def metadata(run: RunRecord) -> ModelCardData:
+    """The card's YAML, its scores those of results.json to the last digit."""
+    results = evaluation_results(run)
+    data = dataset_hub_id(run)
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        license="apache-2.0",
+        tags=["image-classification", "vision", "vit_scratch"],
+        datasets=[data] if data else None,
+        base_model=hub_id(run.recipe.get("model_name_or_path")),
+        metrics=sorted({result.metric_type for result in results} - {"loss"}) or None,
+        model_name=run.name if results else None,
+        eval_results=results or None,
+    )
+
+
+def evaluation_results(run: RunRecord) -> list[EvalResult]:
+    """One entry for each finite score that has a name on the Hub."""
+    label = dataset_label(run)
+    return [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image classification",
+            dataset_type=dataset_hub_id(run) or label,
+            dataset_name=label,
+            dataset_split=split,
+            metric_type=METRICS[metric].hub_type,
+            metric_name=METRICS[metric].label,
+            metric_value=value,
+        )
+        for split, found in scores(run.results).items()
+        for metric, value in found.items()
+        if metric in METRICS and math.isfinite(value)
+    ]
+
+
+# ---------------------------------------------------------------- text
+
+
+def body(run: RunRecord) -> str:
+    """The card's text."""
+    parts = [f"# {markdown(run.name)}", introduction(run), score_table(run), USE.format(model=model_id(run))]
+    parts += [training(run), f"## Limits\n\n{bullets(limits(run))}"]
+    return "\n\n".join(filter(None, parts))
+
+
+def introduction(run: RunRecord) -> str:
+    """What the model is and which classes it knows."""
+    names = run.class_names
+    size = f" with {run.results['num_parameters']:,} parameters" if run.results.get("num_parameters") else ""
+    start = run.recipe.get("model_name_or_path")
+    origin = f", fine-tuned from {markdown(public_word(start))}," if start else ""
+    sentence = f"A plain Vision Transformer (`vit_scratch`){size}{origin} that sorts images into {len(names)} classes"
+    if len(names) <= MOST_CLASSES_NAMED:
+        return f"{sentence}: {', '.join(map(markdown, names))}."
+    return f"{sentence}; `config.json` lists them under `id2label`."
+
+
+def score_table(run: RunRecord) -> str:
+    """The recorded scores by split."""
+    by_split = scores(run.results)
+    if not by_split:
+        return "## Scores\n\nNo split was scored."
+    metrics = list(dict.fromkeys(metric for found in by_split.values() for metric in found))
+    lines = [f"| | {' | '.join(by_split)} |", f"|---|{'---:|' * len(by_split)}"]
+    for metric in metrics:
+        cells = [metric_text(metric, found[metric]) if metric in found else "–" for found in by_split.values()]
+        lines.append(f"| {metric_label(metric)} | {' | '.join(cells)} |")
+    return "\n".join(["## Scores", "", *lines])
+
+
+def model_id(run: RunRecord) -> str:
+    """A stand-in for the model's id on the Hub, which the run does not know."""
+    return re.sub(r"[^\w./-]+", "-", f"your-name/{run.name}")
+
+
+def training(run: RunRecord) -> str:
+    """Command, data, budget and machine."""
+    results = run.results
+    data = dataset_hub_id(run)
+    counts = ", ".join(f"{markdown(name)} {count:,} images" for name, count in split_sizes(results).items())
+    facts = {
+        "Data": f"[{data}](https://huggingface.co/datasets/{data})" if data else markdown(dataset_label(run)),
+        "Splits": counts,
+        "Budget": budget(results),
+        "Seed": markdown(results["seed"]) if "seed" in results else "",
+        "Weights": markdown(weights_text(results)),
+        "Hardware": named_values(results.get("hardware")),
+        "Processes": markdown(results.get("num_processes") or ""),
+        "Mixed precision": markdown(results.get("mixed_precision") or ""),
+        "Versions": named_values(results.get("versions")),
+        "Commit": markdown(results.get("commit") or ""),
+    }
+    listed = bullets(f"{name}: {value}" for name, value in facts.items() if value)
+    command = f"{fenced(public_command(results['command']))}\n\n" if results.get("command") else ""
+    return f"## Training\n\n{command}{listed}"
+
+
+def budget(results: dict[str, Any]) -> str:
+    parts = [f"{results['steps']:,} steps"] if results.get("steps") else []
+    if results.get("train_seconds"):
+        parts.append(duration_text(results["train_seconds"]))
+    if results.get("images_per_second"):
+        parts.append(f"{results['images_per_second']:,.0f} images per second")
+    return ", ".join(parts)
+
+
+def limits(run: RunRecord) -> list[str]:
+    """What the records do not show, and what they show that a user should know."""
+    results, by_split = run.results, scores(run.results)
+    found = [
+        f"It answers with one of its {len(run.class_names)} classes whatever the image shows, and its probabilities "
+        "were not calibrated.",
+        "On images unlike those it was trained and scored on it may do worse than its scores.",
+        "The scores are those of one run; another seed gives others.",
+    ]
+    if "test" not in by_split:
+        found.append("It was not scored on a test split: nothing here was measured on images kept aside to the end.")
+    for split, values in by_split.items():
+        num_images = split_sizes(results).get(split)
+        if num_images and "accuracy" in values:
+            points = 100 * accuracy_margin(values["accuracy"], num_images)
+            found.append(f"The {split} accuracy was counted on {num_images:,} images: ± {points:.1f} points (95%).")
+    split = judged_split(results.get("per_class"))
+    rows = [row for row in results["per_class"][split] if row["support"]] if split else []
+    if rows:
+        weakest = min(rows, key=lambda row: row["recall"])
+        found.append(
+            f"Its weakest class is {markdown(weakest['class'])}: {100 * weakest['recall']:.1f}% of its "
+            f"{weakest['support']:,} {split} images were recognised."
+        )
+    return [*found, *filter(None, [overfitting_note(run.evaluations)])]
+
+
+# ---------------------------------------------------------------- Markdown
+
+
+def markdown(value: Any) -> str:
+    """The value as plain text of a Markdown page: no tags, links, emphasis or table cells of its own."""
+    escaped = printable(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", escaped)
+
+
+def bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def named_values(values: dict[str, Any] | None) -> str:
+    """`name value` pairs in one line; a local path is cut to its last component."""
+    pairs = [(name, public_word(str(value))) for name, value in (values or {}).items() if value is not None]
+    return ", ".join(f"{markdown(name.replace('_', ' '))} {markdown(value)}" for name, value in pairs)
+
+
+def fenced(command: str) -> str:
+    """The command as a code block whose fence is longer than any run of backticks within."""
+    longest = max(map(len, re.findall("`+", command)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}bash\n{command}\n{fence}"

@@ -1,0 +1,50 @@
+"""The folder `model/`: a complete Hub repository, loadable where this package is not installed."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from .. import configuration_vit_scratch, image_processing_vit_scratch, modeling_vit_scratch
+from ..data.decoding import Processor
+from ..modeling_vit_scratch import ViTScratchForImageClassification
+
+CODE = (configuration_vit_scratch, modeling_vit_scratch, image_processing_vit_scratch)  # the files that travel along
+
+MODEL_CODE = {
+    "AutoConfig": "configuration_vit_scratch.ViTScratchConfig",
+    "AutoModel": "modeling_vit_scratch.ViTScratchModel",
+    "AutoModelForImageClassification": "modeling_vit_scratch.ViTScratchForImageClassification",
+}
+PROCESSOR_CODE = {
+    "AutoImageProcessor": {
+        "torchvision": "image_processing_vit_scratch.ViTScratchImageProcessor",
+        "pil": "image_processing_vit_scratch.ViTScratchImageProcessorPil",
+    }
+}
+
+
+def save_model_folder(
+    folder: Path,
+    model: ViTScratchForImageClassification,
+    tensors: dict[str, torch.Tensor],
+    processor: Processor,
+):
+    """Writes configuration, weights, image processor and code to `folder`, which appears whole or not at all."""
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, state_dict=tensors, save_original_format=False)
+    processor.save_pretrained(partial)
+    _add_code_map(partial / "config.json", MODEL_CODE)
+    _add_code_map(partial / "preprocessor_config.json", PROCESSOR_CODE)
+    for module in CODE:
+        shutil.copyfile(module.__file__, partial / Path(module.__file__).name)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+
+
+def _add_code_map(file: Path, code: dict):
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**fields, "auto_map": code}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""One run: its recipe, its optimizer, its checkpoints, its loop."""

@@ -1,0 +1,172 @@
+"""Flags to a Recipe: a named recipe, a file of flags over it, the command line over both."""
+
+import argparse
+import json
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from ..errors import UserError, unknown
+from .recipes import FIELDS, GROUPS, RECIPES, Recipe
+
+LENGTHS = ("max_steps", "num_train_epochs")
+REFUSED = {
+    "per_device_train_batch_size": "use --train_batch_size: batches are global, each process takes its share",
+    "per_device_eval_batch_size": "use --eval_batch_size: batches are global, each process takes its share",
+    "fp16": "use `accelerate launch --mixed_precision fp16`: precision belongs to the machine",
+    "bf16": "use `accelerate launch --mixed_precision bf16`: precision belongs to the machine",
+    "do_train": "training is what this command does",
+    "do_eval": "evaluation is part of training; --train_val_split 0 leaves it out",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line: no usage, no exit of its own."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message[0].upper() + message[1:] + ". --help lists the flags.")
+
+
+def build_parser() -> Parser:
+    """The parser of every field of Recipe, grouped by subject, without abbreviations and without defaults."""
+    parser = Parser(
+        prog="run_train.py",
+        description="Trains a Vision Transformer, scores it and saves it as a Hub repository.",
+        epilog=f"Recipes: {', '.join(RECIPES)}. A flag overrides the recipe; the recipe's value is shown in brackets.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    groups[GROUPS[0]].add_argument("--config", metavar="FILE", help="YAML or JSON file of these flags")
+    for name, item in FIELDS.items():
+        text = item.metadata["help"]
+        default = "" if item.default is None else f" [{item.default}]"
+        options: dict[str, Any] = {"help": text + default, "dest": name, "metavar": _metavar(item)}
+        if _base_type(item.type) is bool:
+            options |= {"nargs": "?", "const": "true"}  # --streaming alone means true, as in HfArgumentParser
+        groups[item.metadata["group"]].add_argument(f"--{name}", **options)
+    return parser
+
+
+def _metavar(item: Any) -> str:
+    if "choices" in item.metadata:
+        return "{" + ",".join(item.metadata["choices"]) + "}"
+    if item.name == "recipe":
+        return "{" + ",".join(RECIPES) + "}"
+    kind = _base_type(item.type)
+    return {bool: "true|false", tuple: "X,Y,Z"}.get(kind, kind.__name__.upper())
+
+
+def _base_type(annotation: Any) -> type:
+    if isinstance(annotation, types.UnionType):
+        annotation = next(part for part in typing.get_args(annotation) if part is not types.NoneType)
+    return typing.get_origin(annotation) or annotation
+
+
+def parse_value(name: str, value: Any) -> Any:
+    """The value of field `name`, from a word of the command line or from YAML. Raises UserError if it does not fit."""
+    annotation = FIELDS[name].type
+    kind = _base_type(annotation)
+    optional = isinstance(annotation, types.UnionType)
+    if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+        return None
+    try:
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind is tuple:
+            parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
+            return tuple(float(part) for part in parts)
+        if isinstance(value, (bool, list, dict)) or (kind is int and float(value) != int(float(value))):
+            raise ValueError
+        return int(float(value)) if kind is int else kind(value)
+    except (ValueError, KeyError, OverflowError, TypeError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number", tuple: "numbers with commas"}
+        raise UserError(f"--{name} takes {expected.get(kind, 'text')}, got {value!r}.") from None
+
+
+def parse_arguments(arguments: list[str]) -> tuple[Recipe, frozenset[str]]:
+    """The recipe that the command line asks for, and the names of the fields that a person set.
+
+    Raises UserError for an unknown flag or recipe, a value of the wrong kind or range, and flags that exclude each other.
+    """
+    for argument in arguments:
+        name = argument[2:].partition("=")[0]
+        if argument.startswith("--") and name in REFUSED:
+            raise UserError(f"--{name}: {REFUSED[name]}.")
+    values, strangers = build_parser().parse_known_args(arguments)
+    if strangers:
+        word = strangers[0]
+        if word.startswith("--"):
+            raise unknown("flag", word.partition("=")[0], [f"--{name}" for name in ("config", *FIELDS)])
+        raise UserError(f"{word!r} is not a flag; flags begin with -- and --help lists them.")
+    words = dict(vars(values))
+    file = words.pop("config", None)
+    written = {**(_read_config(file) if file else {}), **words}
+    if all(name in words for name in LENGTHS):
+        raise UserError("--max_steps and --num_train_epochs both say how long to train: give one of them.")
+    if all(name in written for name in LENGTHS):
+        written.pop(next(name for name in LENGTHS if name not in words), None)  # the command line over the file
+    chosen = {name: parse_value(name, value) for name, value in written.items()}
+    if "recipe" not in chosen and chosen.get("train_dir") is not None:
+        chosen["recipe"] = "folder"
+    name = chosen.get("recipe", "digits")
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    return combine(RECIPES[name], chosen), frozenset(chosen) - {"recipe"}
+
+
+def combine(recipe: Recipe, chosen: dict[str, Any]) -> Recipe:
+    """The recipe with the chosen fields over it; one kind of data and one kind of length replaces the recipe's other."""
+    changes = dict(chosen)
+    if chosen.get("train_dir") is not None:
+        if chosen.get("dataset_name") is not None:
+            raise UserError("--train_dir and --dataset_name both name the training images: give one of them.")
+        changes["dataset_name"] = None
+    for given, other in (LENGTHS, LENGTHS[::-1]):
+        if chosen.get(given) is not None:
+            changes[other] = None
+    return recipe.replace(**changes)
+
+
+def _read_config(file: str) -> dict[str, Any]:
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"--config {file}: there is no such file.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {file} is not valid YAML or JSON: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {file} must hold flags and their values, such as `learning_rate: 1e-3`.")
+    for name in values:
+        if name in REFUSED:
+            raise UserError(f"--config {file}: {name}: {REFUSED[name]}.")
+        if name not in FIELDS:
+            raise unknown(f"flag in {file}", name, FIELDS)
+    if all(values.get(name) is not None for name in LENGTHS):
+        raise UserError(f"--config {file} has max_steps and num_train_epochs: keep one of them.")
+    return values
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains as the command line says. The exit code: 0 done, 2 something to mend, 3 stopped by a signal and saved."""
+    from .loop import Interrupted, train
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        recipe, chosen = parse_arguments(arguments)
+        train(recipe, chosen)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    except Interrupted as stop:
+        print(stop, file=sys.stderr, flush=True)
+        return 3
+    return 0

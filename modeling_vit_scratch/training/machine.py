@@ -1,0 +1,117 @@
+"""The machine a run is on: processes, threads, precision, and what results.json records of them."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
+
+from ..errors import UserError
+
+Result = TypeVar("Result")
+
+
+def check_launch(num_processes: int):
+    """Raises UserError where the launcher was asked for several processes and started fewer, in silence."""
+    environment = os.environ
+    asked = environment.get("WORLD_SIZE")
+    remedy = (
+        "On CPUs: ACCELERATE_USE_CPU=true accelerate launch --config_file accelerate_config.yaml --num_processes N "
+        "run_train.py. On GPUs: accelerate launch --config_file accelerate_config.yaml --num_processes N run_train.py."
+    )
+    if asked is not None and int(asked) != num_processes:
+        raise UserError(f"{asked} processes were launched, but each of them is on its own ({num_processes}). {remedy}")
+    if asked is None and "MASTER_ADDR" in environment:
+        raise UserError(f"Several processes were asked for, but the launcher started one. {remedy}")
+
+
+def num_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def start_accelerator(trackers: list[str], output_dir: Path, cpu_threads: int | None) -> Accelerator:
+    """The Accelerator, after the guard against launches that went wrong, with threads set and said.
+
+    `accelerate launch` exports OMP_NUM_THREADS=1, which would leave all cores but one idle.
+    """
+    project = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir))
+    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    accelerator = Accelerator(log_with=trackers or None, project_config=project, kwargs_handlers=handlers)
+    check_launch(accelerator.num_processes)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("fp16 needs a GPU; on a CPU use --mixed_precision bf16 or no.")
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = cpu_threads or max(1, num_cores() // local_processes)
+    torch.set_num_threads(threads)
+    accelerator.print(
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {threads} thread(s) each, "
+        f"precision {accelerator.mixed_precision}"
+    )
+    return accelerator
+
+
+def agree(accelerator: Accelerator, decide: Callable[[], Result]) -> Result:
+    """What the main process decides, in every process; a UserError of its is raised in all of them."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = decide()
+        except UserError as error:
+            outcome[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "torchvision", "transformers", "datasets", "accelerate", "evaluate", "huggingface_hub", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware(accelerator: Accelerator) -> dict[str, Any]:
+    device = accelerator.device
+    accelerators = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "device": device.type,
+        "gpu": accelerators,
+        "processor": _processor(),
+        "cores": num_cores(),
+        "threads_per_process": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this code lies in, or None where it was installed from a wheel."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    git = ["git", "-C", str(here)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if dirty.strip() else "")

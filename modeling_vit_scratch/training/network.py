@@ -1,0 +1,118 @@
+"""From a recipe and a source to the network and the image processor that fit the data."""
+
+from typing import Any
+
+import yaml
+from transformers.utils import is_torchvision_available
+
+from ..configuration_vit_scratch import PRESETS, ViTScratchConfig, architecture_fields, pair
+from ..data.decoding import Processor, probe
+from ..data.sources import Source
+from ..errors import UserError, unknown
+from ..image_processing_vit_scratch import ViTScratchImageProcessor, ViTScratchImageProcessorPil
+from ..modeling_vit_scratch import ViTScratchForImageClassification
+from ..weights import LoadingReport, load_pixel_facts, load_pretrained
+from .recipes import Recipe
+
+NUM_PROBED = 16  # images looked at to tell size and channels
+SMALL = 96  # pixels: images of one size up to this are seen whole, at that size
+
+
+def parse_overrides(text: str | None) -> dict[str, Any]:
+    """The fields of "pooling=mean,hidden_size=192"; values are YAML, so [32,64] and null work.
+
+    Raises UserError for a part without "=", and for a name that is no field of the architecture.
+    """
+    values: dict[str, Any] = {}
+    for part in _split_outside_brackets(text or ""):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f'--config_overrides takes "field=value,field=value", got {part!r}.')
+        if name.strip() not in architecture_fields():
+            raise unknown("config field", name.strip(), architecture_fields())
+        values[name.strip()] = yaml.safe_load(value)
+    return values
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[(") - (letter in "])")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part for part in parts if part.strip()]
+
+
+def probe_source(source: Source) -> tuple[tuple[int, int] | None, int]:
+    """((height, width) that all probed training images share, or None; their number of channels)."""
+    split = source.splits["train"]
+    shard = next(index for index, size in enumerate(split.shard_sizes) if size)
+    rows = split.rows(shard)
+    step = max(1, min(len(rows), 4096) // NUM_PROBED)  # spread out, but within what one row group may hold
+    return probe(split.examples.read(shard, rows[:4096:step][:NUM_PROBED]))
+
+
+def build_network(
+    recipe: Recipe, chosen: frozenset[str], source: Source
+) -> tuple[ViTScratchForImageClassification, Processor, LoadingReport | None]:
+    """The network, its image processor, and the loading report where it starts from a checkpoint."""
+    overrides = parse_overrides(recipe.config_overrides)
+    if recipe.preset not in PRESETS:
+        raise unknown("preset", recipe.preset, PRESETS)
+    shared_size, channels = probe_source(source)
+    native = shared_size if shared_size is not None and max(shared_size) <= SMALL else None
+    image_size: Any = recipe.image_size or overrides.get("image_size") or native or PRESETS[recipe.preset].get("image_size")
+    if image_size is None:
+        image_size = ViTScratchConfig.image_size
+    height, width = pair(image_size)
+    channels = overrides.get("num_channels", channels)
+    names = {index: name for index, name in enumerate(source.class_names)}
+    report = None
+    try:
+        if recipe.model_name_or_path is not None:
+            size = height if height == width else [height, width]
+            model, report = load_pretrained(recipe.model_name_or_path, source.class_names, size, channels)
+        else:
+            facts = {
+                "image_size": height if height == width else (height, width),
+                "num_channels": channels,
+                "id2label": names,
+                "label2id": {name: index for index, name in names.items()},
+                "problem_type": "single_label_classification",
+            }
+            preset = {name: value for name, value in PRESETS[recipe.preset].items() if name != "num_labels"}
+            model = ViTScratchForImageClassification(ViTScratchConfig(**{**preset, **overrides, **facts}))
+    except UserError:
+        raise
+    except Exception as error:  # the configuration says what is wrong and what would work
+        raise UserError(" ".join(str(error.__cause__ or error).split())) from error
+    return model, build_processor(recipe, chosen, (height, width), channels, photographs=native is None), report
+
+
+def build_processor(
+    recipe: Recipe, chosen: frozenset[str], size: tuple[int, int], num_channels: int, photographs: bool
+) -> Processor:
+    """The image processor of evaluation: a resize to `size`, or for photographs, a resize and a central crop.
+
+    Mean, std and resampling are the checkpoint's where the network starts from one, unless a person chose others.
+    """
+    backend = ViTScratchImageProcessor if is_torchvision_available() else ViTScratchImageProcessorPil
+    fields: dict[str, Any] = {}
+    if recipe.model_name_or_path is not None:
+        fields = load_pixel_facts(recipe.model_name_or_path)
+    for name in ("image_mean", "image_std"):
+        values = getattr(recipe, name)
+        if name in fields and name not in chosen:
+            continue
+        if values is not None and len(values) != num_channels:
+            if name in chosen:
+                raise UserError(f"--{name} has {len(values)} values, the images have {num_channels} channel(s).")
+            values = None  # the recipe's values are of its own dataset
+        fields[name] = list(values or [0.5] * num_channels)
+    fields["size"] = {"height": size[0], "width": size[1]}
+    if photographs:
+        fields["size"] = {"shortest_edge": round(max(size) / recipe.crop_pct)}
+        fields |= {"do_center_crop": True, "crop_size": {"height": size[0], "width": size[1]}}
+    return backend(num_channels=num_channels, **fields)

@@ -1,0 +1,117 @@
+"""What a run says while it goes: metrics.jsonl, the progress bar, the trackers."""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from ..errors import UserError, unknown
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
+
+
+def resolve_trackers(report_to: str) -> list[str]:
+    """The trackers that --report_to means. Raises UserError for an unknown one or one that is not installed."""
+    if report_to == "none":
+        return []
+    installed = [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
+    if report_to == "auto":
+        return [name for name in ("tensorboard",) if name in installed]
+    if report_to == "all":
+        return installed
+    names = report_to.split(",")
+    for name in names:
+        if name not in TRACKERS:
+            raise unknown("tracker", name, ("auto", "none", "all", *TRACKERS))
+        if name not in installed:
+            raise UserError(f"--report_to {name}: it is not installed; pip install {name}.")
+    return names
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, appended by the main process; rows after a resumed step are cut off."""
+
+    def __init__(self, path: Path, active: bool, resumed_step: int):
+        self.path, self.active = path, active
+        if not active:
+            return
+        rows = read_metrics(path) if path.exists() else []
+        kept = [row for row in rows if row["step"] <= resumed_step] if resumed_step else []
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(partial, path)
+
+    def append(self, row: dict[str, Any]):
+        if self.active:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line at each logging step."""
+
+    def __init__(self, total_steps: int, step: int, active: bool):
+        self.total_steps, self.first_step, self.active = total_steps, step, active
+        self.started = time.perf_counter()
+        self.on_terminal = active and sys.stderr.isatty()
+        self.bar = tqdm(total=total_steps, initial=step, disable=not self.on_terminal, unit="step", dynamic_ncols=True)
+
+    def advance(self):
+        self.bar.update(1)
+
+    def show(self, row: dict[str, Any]):
+        """The training row of a logging step."""
+        text = (
+            f"loss {row['loss']:.4f}, accuracy {row['train_accuracy']:.3f}, {row['images_per_second']:,.0f} images/s, "
+            f"waiting for data {row['data_wait']:.1%}"
+        )
+        if self.on_terminal:
+            self.bar.set_postfix_str(text)
+        elif self.active:
+            done = row["step"] - self.first_step
+            left = (time.perf_counter() - self.started) / max(done, 1) * (self.total_steps - row["step"])
+            print(f"step {row['step']}/{self.total_steps}: {text}, {_clock(left)} left", flush=True)
+
+    def say(self, text: str):
+        if self.active:
+            tqdm.write(text) if self.on_terminal else print(text, flush=True)
+
+    def close(self):
+        self.bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def start_trackers(accelerator: Accelerator, names: list[str], settings: dict[str, Any]):
+    """Starts the trackers with the recipe as plain text: TensorBoard refuses lists and None."""
+    if names:
+        accelerator.init_trackers("tensorboard" if names == ["tensorboard"] else "vit_scratch", config=None)
+        for tracker in accelerator.trackers:
+            tracker.store_init_configuration({name: str(value) for name, value in settings.items()})
+
+
+def score_table(scores: dict[str, float]) -> str:
+    """Scores as an aligned table for the terminal."""
+    width = max(map(len, scores), default=0)
+    return "\n".join(f"  {name:<{width}}  {value:.4f}" for name, value in scores.items())
