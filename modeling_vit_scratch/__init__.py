@@ -4,6 +4,8 @@ Importing this package makes `AutoConfig`, `AutoModel`, `AutoModelForImageClassi
 `pipeline("image-classification")` know its checkpoints.
 """
 
+import contextlib
+
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from .configuration_vit_scratch import PRESETS, ViTScratchConfig
@@ -15,11 +17,12 @@ __version__ = "0.1.0"
 AutoConfig.register("vit_scratch", ViTScratchConfig, exist_ok=True)
 AutoModel.register(ViTScratchConfig, ViTScratchModel, exist_ok=True)
 AutoModelForImageClassification.register(ViTScratchConfig, ViTScratchForImageClassification, exist_ok=True)
-AutoImageProcessor.register(
-    ViTScratchConfig,
-    image_processor_classes={"torchvision": ViTScratchImageProcessor, "pil": ViTScratchImageProcessorPil},
-    exist_ok=True,
-)
+with contextlib.suppress(ImportError):  # 5.17's auto class itself asks for torchvision, 5.23's does not
+    AutoImageProcessor.register(
+        ViTScratchConfig,
+        image_processor_classes={"torchvision": ViTScratchImageProcessor, "pil": ViTScratchImageProcessorPil},
+        exist_ok=True,
+    )
 
 __all__ = [
     "PRESETS",

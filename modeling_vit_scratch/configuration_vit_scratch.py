@@ -86,12 +86,12 @@ class ViTScratchConfig(PreTrainedConfig):
     layer_scale_init: float | int | None = None  # None: no LayerScale; 2103.17239 uses 1e-5 at 24 layers
     drop_path_rate: float | int = 0.0  # stochastic depth, 1603.09382: grows linearly to this at the last layer
     embedding_dropout_prob: float | int | None = None  # None: hidden_dropout_prob
-    mlp_dropout_prob: float | int | None = None  # after the activation and after the MLP; None: hidden_dropout_prob after
+    mlp_dropout_prob: float | int | None = None  # after activation and MLP; None: hidden_dropout_prob, after
 
     # --- pooling and classifier (equation 4)
     final_norm: str = "before_pooling"  # "after_pooling": on the pooled vector; "none"
     pooling: str = "cls"  # "mean": over the patch tokens
-    classifier: str = "linear"  # "mlp": norm, linear, GELU, linear; "tanh": linear, tanh, linear (the paper's, section 3.1)
+    classifier: str = "linear"  # "mlp": norm, linear, GELU, linear; "tanh": linear, tanh, linear (section 3.1)
     pooler_output_size: int | None = None  # width of the classifier's hidden layer; None: hidden_size
 
     # --- initialisation of matrices
@@ -177,7 +177,7 @@ class ViTScratchConfig(PreTrainedConfig):
         counts = {"hidden_size", "num_attention_heads", "intermediate_size", "num_channels"}
         for name in sorted(counts):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; ViT-B has 768, 12, 3072 and 3.")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; ViT-B: 768, 12, 3072 and 3.")
         for name in ("num_hidden_layers", "num_register_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")

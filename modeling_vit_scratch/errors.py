@@ -5,7 +5,12 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something a person can put right. The text says what was expected, what came, and what to do."""
+    """Something a person can put right. The text says what was expected, what came, and what to do.
+
+    met_alone: one process of several met it, in its own part of the data; else all of them did, and one need say it.
+    """
+
+    met_alone = False
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:

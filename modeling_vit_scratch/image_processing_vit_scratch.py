@@ -15,7 +15,7 @@ from transformers.processing_utils import ImagesKwargs
 def pil_to_channels(image: Any, num_channels: int) -> Any:
     """The PIL image with one grey channel (num_channels=1), three RGB channels (3), or as it is (other numbers).
 
-    Sixteen-bit grey is brought to eight bits by its high byte: PIL's own conversion clips everything above 255 to white.
+    Sixteen-bit grey is brought to eight bits by its high byte: PIL's own conversion turns all above 255 white.
     """
     if num_channels not in (1, 3):
         return image
@@ -31,7 +31,8 @@ def array_to_channels(image: Any, num_channels: int) -> Any:
         return image[[0, 0, 0]]
     if image.shape[0] == 3 and num_channels == 1:
         if isinstance(image, torch.Tensor):
-            grey = (image * torch.tensor([0.299, 0.587, 0.114], device=image.device)[:, None, None]).sum(0, keepdim=True)
+            weights = torch.tensor([0.299, 0.587, 0.114], device=image.device)[:, None, None]
+            grey = (image * weights).sum(0, keepdim=True)
             return grey if image.is_floating_point() else grey.round().to(image.dtype)
         grey = 0.299 * image[:1] + 0.587 * image[1:2] + 0.114 * image[2:]
         return grey if image.dtype.kind == "f" else grey.round().astype(image.dtype)
@@ -63,7 +64,8 @@ class _ViTScratchImageProcessing:
             if kwargs.get(name) is None:
                 kwargs[name] = [0.5] * num_channels
             if not isinstance(kwargs[name], (int, float)) and len(kwargs[name]) != num_channels:
-                raise ValueError(f"{name} has {len(kwargs[name])} values for num_channels={num_channels}; give one each.")
+                count = len(kwargs[name])
+                raise ValueError(f"{name} has {count} values for num_channels={num_channels}; give one each.")
         super().__init__(**kwargs)
 
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, input_data_format=None, **kwargs):
@@ -96,7 +98,7 @@ class ViTScratchImageProcessor(_ViTScratchImageProcessing, TorchvisionBackend):
 
 
 class ViTScratchImageProcessorPil(_ViTScratchImageProcessing, PilBackend):
-    """Images to pixel_values (B, num_channels, H, W), by PIL and numpy alone: for where torchvision is not installed."""
+    """Images to pixel_values (B, num_channels, H, W), by PIL and numpy: for where torchvision is not installed."""
 
     def resize(self, image, size, resample=None, **kwargs):
         resize = super().resize

@@ -221,7 +221,7 @@ def eager_attention_forward(
 
 
 def rotate(states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turns each pair (i, i + F/2) of the channels of (B, A, N, F) by its token's angle; `tables` from rope2d_tables."""
+    """Turns each pair (i, i + F/2) of the channels of (B, A, N, F) by its token's angle; tables: rope2d_tables."""
     cos, sin = (table.to(states.dtype) for table in tables)
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin
@@ -312,7 +312,7 @@ class ViTScratchLayerScale(nn.Module):
 
 
 class ViTScratchDropPath(nn.Module):
-    """Stochastic depth (1603.09382): leaves a branch out for whole samples, in training only. (B, N, D) -> (B, N, D)."""
+    """Stochastic depth (1603.09382): leaves a branch out for whole samples, when training. (B, N, D) -> same."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -386,7 +386,7 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         """| parameter | start |
         |---|---|
-        | matrices, patch kernel | `weight_init`: normal or truncated normal of `initializer_range`, Xavier, or PyTorch's |
+        | matrices, patch kernel | `weight_init`: (truncated) normal of `initializer_range`, Xavier, or PyTorch's |
         | biases | zero ("torch": PyTorch's uniform) |
         | norms | one and zero |
         | class and register tokens, positions | `token_init`, `position_init` |
@@ -405,7 +405,7 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
 
     def _init_matrix(self, module: nn.Linear | nn.Conv2d):
         if self.config.zero_init_residual and getattr(module, "ends_branch", False):
-            # not at the layer: transformers passes over a third party's module without parameters of its own (5.17, 5.23)
+            # not at the layer: transformers asks no third-party module without parameters of its own (5.17 to 5.23)
             init.zeros_(module.weight)
         elif self.config.weight_init == "trunc_normal":
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
@@ -442,7 +442,7 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
 
 
 class ViTScratchModel(ViTScratchPreTrainedModel):
-    """The encoder without a classifier: pixel_values (B, C, H, W) -> last_hidden_state (B, N, D), pooler_output (B, D)."""
+    """The encoder alone: pixel_values (B, C, H, W) -> last_hidden_state (B, N, D) and pooler_output (B, D)."""
 
     def __init__(self, config: ViTScratchConfig):
         super().__init__(config)

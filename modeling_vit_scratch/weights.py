@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -81,7 +87,9 @@ def _load_strictly(
         tensors.update({name: own[name] for name in report.replaced})
     positions = "vit.embeddings.position_embeddings"
     if positions in tensors and old.patch_grid != model.config.patch_grid:
-        tensors[positions] = interpolate_position_embeddings(tensors[positions], old.patch_grid, model.config.patch_grid)
+        tensors[positions] = interpolate_position_embeddings(
+            tensors[positions], old.patch_grid, model.config.patch_grid
+        )
         report.interpolated.append(positions)
     missing, strangers = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     shapes = [n for n in own if n in tensors and own[n].shape != tensors[n].shape]
@@ -107,10 +115,16 @@ def _fetch(name_or_path: str, file_name: str) -> str:
     try:
         return hf_hub_download(name_or_path, file_name)
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(f"--model_name_or_path {name_or_path}: no such folder, and no such model on the Hub.") from error
-    except EntryNotFoundError as error:
-        raise UserError(f"--model_name_or_path {name_or_path}: not here, and the Hub has no {file_name} of it.") from error
-    except (HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"--model_name_or_path {name_or_path}: no such folder, and no such model on the Hub."
+        ) from error
+    except LocalEntryNotFoundError as error:  # an EntryNotFoundError too: it comes first
         raise UserError(
             f"--model_name_or_path {name_or_path}: no such folder, and the Hub cannot be reached."
         ) from error
+    except EntryNotFoundError as error:
+        raise UserError(
+            f"--model_name_or_path {name_or_path}: not here, and the Hub has no {file_name} of it."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(f"--model_name_or_path {name_or_path}: the Hub does not give it: {error}") from error

@@ -34,7 +34,7 @@ class Augmentation:
         return any((self.rotation_degrees, self.translate_pixels, self.scale_range))
 
     def __call__(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """images uint8 (B, C, H, W) and draws (B, NUM_DRAWS) in [0, 1) -> images of the same shape, uint8 or float32."""
+        """images uint8 (B, C, H, W) and draws (B, NUM_DRAWS) in [0, 1) -> images of that shape, uint8 or float32."""
         if self.horizontal_flip_prob:
             images = flip(images, draws[:, 0] < self.horizontal_flip_prob)
         if self.crop_padding:

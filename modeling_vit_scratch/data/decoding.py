@@ -18,7 +18,7 @@ from .order import derived_seed
 Processor = ViTScratchImageProcessor | ViTScratchImageProcessorPil
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")  # PIL would try EPS, WMF and others too
-MAX_PIXELS = 100_000_000  # a 12 kB file can claim more: a decompression bomb
+MAX_PIXELS = 80_000_000  # a file of 12 kB can claim more: a decompression bomb; PIL itself only warns at 89 million
 
 
 class BadImageError(UserError):

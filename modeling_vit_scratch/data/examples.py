@@ -221,9 +221,7 @@ class TarExamples:
 
     def labels(self) -> list[Any]:
         return [
-            example.label
-            for shard, size in enumerate(self.shard_sizes)
-            for example in self.read(shard, range(size))
+            example.label for shard, size in enumerate(self.shard_sizes) for example in self.read(shard, range(size))
         ]
 
 

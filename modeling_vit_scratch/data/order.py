@@ -103,7 +103,12 @@ class StreamOrder:
         self._layout = lru_cache(maxsize=2)(self._lay_out)
 
     def __getstate__(self):
-        return {"shard_sizes": self.sizes.tolist(), "seed": self.seed, "num_lanes": self.num_lanes, "window": self.window}
+        return {
+            "shard_sizes": self.sizes.tolist(),
+            "seed": self.seed,
+            "num_lanes": self.num_lanes,
+            "window": self.window,
+        }
 
     def __setstate__(self, state):
         self.__init__(**state)
@@ -127,7 +132,7 @@ class StreamOrder:
         return epochs, offsets % self.num_lanes, offsets // self.num_lanes
 
     def window_pieces(self, epoch: int, lane: int, index: int) -> list[tuple[int, np.ndarray]]:
-        """What to read for window `index` of a lane: (shard, ascending numbers of samples within it), piece by piece."""
+        """What to read for window `index` of a lane: (shard, ascending numbers of samples in it), piece by piece."""
         start = self.lane_start(lane) + index * self.window
         stop = min(start + self.window, self.lane_start(lane) + self.lane_length(lane))
         order, ends, turn = self._layout(epoch)

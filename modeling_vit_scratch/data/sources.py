@@ -1,4 +1,4 @@
-"""Which images: named datasets, Hub repositories or local folders in their layout, image folders, scikit-learn's digits.
+"""Which images: named datasets, Hub repositories, local folders in their layout, image folders, scikit-learn's digits.
 
 `open_source` finds columns, labels and splits and says, in one line, what it could not decide.
 """
@@ -97,7 +97,8 @@ class Source:
     class_names: list[str]
     label_ids: dict[Any, int] | None  # None: labels are the ids already
     streaming: bool
-    held_out: bool  # the validation split was taken out of the training split
+    held_out: bool = False  # the validation split was taken out of the training split
+    repository: str | None = None  # on the Hub, where it came from there
 
     def label_id(self, label: Any, where: str) -> int:
         """The class id of a raw label. Raises UserError, naming the row, for one that is not among the classes."""
@@ -171,7 +172,7 @@ def _open_digits(streaming: bool) -> Source:
         name: Split(ArrayExamples(images[rows], digits.target[rows], f"digits {name}"))
         for name, rows in (("train", np.sort(train)), ("test", np.sort(test)))
     }
-    return Source("digits", splits, [str(name) for name in digits.target_names], None, streaming, held_out=False)
+    return Source("digits", splits, [str(name) for name in digits.target_names], None, streaming)
 
 
 # ---------------------------------------------------------------- folders of images
@@ -192,7 +193,7 @@ def _open_folders(train_dir: str, validation_dir: str | None, test_dir: str | No
             )
     splits = {name: Split(FolderExamples(*paths_and_labels)) for name, paths_and_labels in found.items()}
     label_ids = {name: index for index, name in enumerate(class_names)}
-    return Source(Path(train_dir).name, splits, class_names, label_ids, streaming, held_out=False)
+    return Source(Path(train_dir).name, splits, class_names, label_ids, streaming)
 
 
 def _index_folder(folder: str, flag: str) -> tuple[list[str], list[str]]:
@@ -221,7 +222,11 @@ def _index_folder(folder: str, flag: str) -> tuple[list[str], list[str]]:
 
 
 def _open_table(
-    dataset_name: str | None, config_name: str | None, image_column: str | None, label_column: str | None, streaming: bool
+    dataset_name: str | None,
+    config_name: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    streaming: bool,
 ) -> Source:
     row, location = _locate(dataset_name)
     config_name = config_name or row.config_name
@@ -263,7 +268,8 @@ def _open_table(
         label_column = "label" if streaming else columns[1]
     class_names, label_ids = _classes(features[label_column], examples["train"])
     splits = {ours: Split(found) for ours, found in examples.items()}
-    return Source(str(dataset_name), splits, class_names, label_ids, streaming, held_out=False)
+    repository = None if os.path.isdir(location) else location
+    return Source(str(dataset_name), splits, class_names, label_ids, streaming, repository=repository)
 
 
 def _locate(dataset_name: str | None) -> tuple[DatasetRow, str]:

@@ -1,7 +1,7 @@
 """The training state on disk: whole or not there, verified before it is trusted, resumed exactly.
 
 checkpoints/step-000500/ holds model.safetensors, optimizer.safetensors, state.json (the step and what else the loop
-keeps) and MANIFEST.json with the size and SHA-256 of each. Tensors are safetensors, the rest is JSON: nothing is pickled.
+keeps) and MANIFEST.json with the size and SHA-256 of each. Tensors are safetensors, the rest JSON: nothing is pickled.
 """
 
 import hashlib

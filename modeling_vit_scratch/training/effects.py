@@ -12,7 +12,10 @@ from .recipes import Recipe
 IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
     "validation_dir": (lambda r: r.train_dir is None, "it goes with --train_dir"),
     "test_dir": (lambda r: r.train_dir is None, "it goes with --train_dir"),
-    "dataset_config_name": (lambda r: _has_no_table(r), "only datasets in a Hub repository's layout have configurations"),
+    "dataset_config_name": (
+        lambda r: _has_no_table(r),
+        "only datasets in a Hub repository's layout have configurations",
+    ),
     "image_column_name": (lambda r: _has_no_table(r), "only datasets in a Hub repository's layout have columns"),
     "label_column_name": (lambda r: _has_no_table(r), "only datasets in a Hub repository's layout have columns"),
     "stream_lanes": (lambda r: not r.streaming, "it goes with --streaming true"),

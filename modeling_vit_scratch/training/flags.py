@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import types
 import typing
@@ -93,7 +94,7 @@ def parse_value(name: str, value: Any) -> Any:
 def parse_arguments(arguments: list[str]) -> tuple[Recipe, frozenset[str]]:
     """The recipe that the command line asks for, and the names of the fields that a person set.
 
-    Raises UserError for an unknown flag or recipe, a value of the wrong kind or range, and flags that exclude each other.
+    Raises UserError for an unknown flag or recipe, a value of the wrong kind or range, and flags that exclude others.
     """
     for argument in arguments:
         name = argument[2:].partition("=")[0]
@@ -122,7 +123,7 @@ def parse_arguments(arguments: list[str]) -> tuple[Recipe, frozenset[str]]:
 
 
 def combine(recipe: Recipe, chosen: dict[str, Any]) -> Recipe:
-    """The recipe with the chosen fields over it; one kind of data and one kind of length replaces the recipe's other."""
+    """The recipe with the chosen fields over it; one kind of data or of length replaces the recipe's other."""
     changes = dict(chosen)
     if chosen.get("train_dir") is not None:
         if chosen.get("dataset_name") is not None:
@@ -164,7 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
         recipe, chosen = parse_arguments(arguments)
         train(recipe, chosen)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if error.met_alone or os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
     except Interrupted as stop:
         print(stop, file=sys.stderr, flush=True)

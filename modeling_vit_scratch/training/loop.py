@@ -26,6 +26,7 @@ from ..data.sources import Source, open_source
 from ..errors import UserError
 from ..results.model_card import write_model_card
 from ..results.model_folder import save_model_folder
+from ..results.plots import write_plots
 from ..results.report import write_report
 from . import effects
 from .checkpointing import (
@@ -36,7 +37,7 @@ from .checkpointing import (
     save_checkpoint,
 )
 from .evaluation import Evaluation, evaluate
-from .machine import agree, commit, hardware, start_accelerator, versions
+from .machine import agree, command, commit, hardware, start_accelerator, versions
 from .network import build_network
 from .optimization import OPTIMIZERS, learning_rate_at, parameter_groups
 from .recipes import Recipe
@@ -188,7 +189,9 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
             torch.manual_seed(derived_seed(recipe.seed, "dropout", step, rank))
             images = augment(batch.images, batch_draws(recipe.seed, step, batch_size, batch.positions))
             images = normalise(images, *pixels)
-            parts = list(zip(*(t.chunk(recipe.gradient_accumulation_steps) for t in (images, batch.labels)), strict=True))
+            parts = list(
+                zip(*(t.chunk(recipe.gradient_accumulation_steps) for t in (images, batch.labels)), strict=True)
+            )
             for index, (part, labels) in enumerate(parts):
                 with accelerator.no_sync(network) if index + 1 < len(parts) else nullcontext():
                     logits = network(pixel_values=part).logits.float()
@@ -211,7 +214,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
                 if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                     raise UserError(
                         f"The loss is {row['loss']} and the gradient norm {row['grad_norm']} at step {position.step}, "
-                        f"rate {rate:.2e}; checkpoints before it are in {output_dir / 'checkpoints'}. Lower --learning_rate."
+                        f"rate {rate:.2e}; earlier checkpoints: {output_dir / 'checkpoints'}. Lower --learning_rate."
                     )
                 metrics.append(row)
                 accelerator.log({k: v for k, v in row.items() if k != "step"}, step=position.step)
@@ -250,7 +253,9 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
         # under autocast the weights are float32 all along; DDP and compile leave `model` itself as it was
         save_model_folder(output_dir / "model", model, model.state_dict(), processor)
         _publish(output_dir, results)
-    accelerator.print(f"{score_table(final_scores(results))}\n{output_dir} holds the run, {output_dir}/model the model.")
+    accelerator.print(
+        f"{score_table(final_scores(results))}\n{output_dir} holds the run, {output_dir}/model the model."
+    )
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
@@ -292,7 +297,7 @@ def _next_batch(batches: Iterator[Batch]) -> Batch:
     try:
         return next(batches)
     except UserError as error:
-        error.local = True  # met by this process alone: it must say so itself
+        error.met_alone = True
         raise
 
 
@@ -369,10 +374,9 @@ def _results(
 ) -> dict[str, Any]:
     scores = {f"{split}_{name}": value for split, e in finals.items() for name, value in e.scores.items()}
     details = {split: evaluation.details(source.class_names) for split, evaluation in finals.items()}
-    words = [f"--{name} {getattr(recipe, name)}" for name in sorted(chosen) if name != "overwrite_output_dir"]
     return {
         **scores,
-        "command": " ".join(["run_train.py", "--recipe", recipe.recipe, *words]),
+        "command": command(accelerator, recipe, chosen),
         "recipe": recipe.recipe,
         "seed": recipe.seed,
         "steps": position.step,
@@ -386,7 +390,11 @@ def _results(
         "hardware": hardware(accelerator),
         "versions": versions(),
         "commit": commit(),
-        "dataset": {"name": source.name, "splits": {name: len(split) for name, split in source.splits.items()}},
+        "dataset": {
+            "name": source.name,
+            "repository": source.repository,
+            "splits": {name: len(split) for name, split in source.splits.items()},
+        },
         "class_names": source.class_names,
         "per_class": {split: found["per_class"] for split, found in details.items()},
         "confusion": {split: found["confusion"] for split, found in details.items()},
@@ -395,5 +403,6 @@ def _results(
 
 def _publish(output_dir: Path, results: dict[str, Any]):
     write_json(output_dir / "results.json", results)
+    write_plots(output_dir)
     write_model_card(output_dir)
     write_report(output_dir)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
 
 from ..errors import UserError
+from .recipes import Recipe
 
 Result = TypeVar("Result")
 
@@ -70,6 +72,20 @@ def agree(accelerator: Accelerator, decide: Callable[[], Result]) -> Result:
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def command(accelerator: Accelerator, recipe: Recipe, chosen: frozenset[str]) -> str:
+    """The command that repeats this run, as a person would type it."""
+    launch = ["accelerate", "launch"]
+    if accelerator.num_processes > 1:
+        launch += ["--config_file", "accelerate_config.yaml", "--num_processes", str(accelerator.num_processes)]
+    if accelerator.mixed_precision != "no":
+        launch += ["--mixed_precision", accelerator.mixed_precision]
+    words = [*launch, "run_train.py", "--recipe", recipe.recipe]
+    for name in sorted(chosen - {"overwrite_output_dir"}):
+        value = getattr(recipe, name)
+        words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
 
 
 def versions() -> dict[str, str]:

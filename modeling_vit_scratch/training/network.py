@@ -63,7 +63,9 @@ def build_network(
         raise unknown("preset", recipe.preset, PRESETS)
     shared_size, channels = probe_source(source)
     native = shared_size if shared_size is not None and max(shared_size) <= SMALL else None
-    image_size: Any = recipe.image_size or overrides.get("image_size") or native or PRESETS[recipe.preset].get("image_size")
+    image_size: Any = (
+        recipe.image_size or overrides.get("image_size") or native or PRESETS[recipe.preset].get("image_size")
+    )
     if image_size is None:
         image_size = ViTScratchConfig.image_size
     height, width = pair(image_size)

@@ -11,7 +11,7 @@ from ..errors import UserError, unknown
 
 
 def flag(default: Any, group: str, text: str, **limits: Any) -> Any:
-    """A field with what `--help` and the range check need. limits: at_least, above, at_most, below, choices, metavar."""
+    """A field with what `--help` and the range check need. limits: at_least, above, at_most, below, choices."""
     return dataclasses.field(default=default, metadata={"group": group, "help": text, **limits})
 
 
@@ -46,13 +46,17 @@ class Recipe:
     )
     image_mean: tuple[float, ...] | None = flag(None, DATA, "mean of each channel of pixels in [0, 1]; else 0.5")
     image_std: tuple[float, ...] | None = flag(None, DATA, "standard deviation of each channel; else 0.5")
-    stream_lanes: int = flag(24, DATA, "parts in which a stream is read at once; processes should divide it", at_least=1)
+    stream_lanes: int = flag(
+        24, DATA, "parts in which a stream is read at once; processes should divide it", at_least=1
+    )
     stream_window: int = flag(256, DATA, "samples that each lane shuffles together", at_least=1)
 
     # --- network
     preset: str = flag("micro", NETWORK, "the network's name (vit_b_16, micro, article_4, ...)")
     config_overrides: str | None = flag(None, NETWORK, 'fields over the preset: "pooling=mean,hidden_size=192"')
-    model_name_or_path: str | None = flag(None, NETWORK, "a pretrained checkpoint to start from, on the Hub or a folder")
+    model_name_or_path: str | None = flag(
+        None, NETWORK, "a pretrained checkpoint to start from, on the Hub or a folder"
+    )
 
     # --- length and batch
     max_steps: int | None = flag(None, LENGTH, "optimizer steps", at_least=1)
@@ -64,7 +68,9 @@ class Recipe:
     # --- optimization
     optim: str = flag("adamw", OPTIMIZATION, "the optimizer", choices=("adamw",))
     learning_rate: float = flag(1e-3, OPTIMIZATION, "the highest rate", above=0)
-    weight_decay: float = flag(0.05, OPTIMIZATION, "on matrices; norms, biases, positions and tokens have none", at_least=0)
+    weight_decay: float = flag(
+        0.05, OPTIMIZATION, "on matrices; norms, biases, positions and tokens have none", at_least=0
+    )
     adam_beta1: float = flag(0.9, OPTIMIZATION, "AdamW's beta1", at_least=0, below=1)
     adam_beta2: float = flag(0.999, OPTIMIZATION, "AdamW's beta2", at_least=0, below=1)
     adam_epsilon: float = flag(1e-8, OPTIMIZATION, "AdamW's epsilon", above=0)
@@ -79,7 +85,11 @@ class Recipe:
     horizontal_flip_prob: float = flag(0.0, AUGMENTATION, "share of images mirrored", at_least=0, at_most=1)
     crop_padding: int = flag(0, AUGMENTATION, "pixels of black around an image before a random crop", at_least=0)
     random_resized_crop_scale: float | None = flag(
-        None, AUGMENTATION, "least share of the area that a random resized crop keeps; none: no such crop", above=0, at_most=1
+        None,
+        AUGMENTATION,
+        "least share of the area that a random resized crop keeps; none: no such crop",
+        above=0,
+        at_most=1,
     )
     rotation_degrees: float = flag(0.0, AUGMENTATION, "largest random rotation", at_least=0, at_most=180)
     translate_pixels: float = flag(0.0, AUGMENTATION, "largest random shift", at_least=0)
@@ -90,7 +100,10 @@ class Recipe:
     overwrite_output_dir: bool = flag(False, OUTPUT, "start afresh where the folder holds a run already")
     logging_steps: int = flag(50, OUTPUT, "steps between two rows of metrics.jsonl", at_least=1)
     eval_steps: float | None = flag(
-        None, OUTPUT, "steps between two evaluations; under 1: a share of all steps; else once an epoch, at most ten a run", above=0
+        None,
+        OUTPUT,
+        "steps between two evaluations; under 1: a share of all steps; else once an epoch, at most ten a run",
+        above=0,
     )
     save_steps: float = flag(500, OUTPUT, "steps between two checkpoints; under 1: a share of all steps", above=0)
     save_total_limit: int = flag(2, OUTPUT, "checkpoints kept, besides the best", at_least=1)
@@ -102,7 +115,9 @@ class Recipe:
     seed: int = flag(42, OUTPUT, "of initialisation, order, augmentation and dropout", at_least=0)
 
     # --- this machine
-    dataloader_num_workers: int | None = flag(None, MACHINE, "processes that decode images; else by the images", at_least=0)
+    dataloader_num_workers: int | None = flag(
+        None, MACHINE, "processes that decode images; else by the images", at_least=0
+    )
     cpu_threads: int | None = flag(None, MACHINE, "threads of each process; else cores / processes", at_least=1)
     torch_compile: bool = flag(False, MACHINE, "compile the network")
     gradient_checkpointing: bool = flag(False, MACHINE, "recompute activations backward: less memory, more time")

@@ -1,0 +1,57 @@
+"""What several tests share: small sets of images, made on the spot. No test needs a network or a dataset on disk."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+datasets.disable_progress_bars()
+
+
+def make_images(count: int, size: tuple[int, int] = (8, 8), seed: int = 0) -> list[Image.Image]:
+    """RGB images of noise, (height, width) pixels, each different."""
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+@pytest.fixture
+def parquet_repo(tmp_path):
+    """A maker of local folders in a Hub repository's layout: split name -> sizes of its parquet shards."""
+
+    def make(name="repo", num_classes=3, size=(8, 8), row_group=5, image="image", label="label", **splits):
+        root = tmp_path / name
+        names = [f"class {index}" for index in range(num_classes)]
+        features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(names=names)})
+        count = 0
+        for split, shard_sizes in splits.items():
+            for index, shard_size in enumerate(shard_sizes):
+                labels = [(count + row) % num_classes for row in range(shard_size)]
+                images = make_images(shard_size, size, seed=count + 1)
+                table = datasets.Dataset.from_dict({image: images, label: labels}, features=features)
+                path = root / "data" / f"{split}-{index:05d}-of-{len(shard_sizes):05d}.parquet"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                table.to_parquet(path, batch_size=row_group)
+                count += shard_size
+        return root
+
+    return make
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """A maker of image folders: class name -> number of images."""
+
+    def make(name="photos", size=(20, 24), seed=0, **classes):
+        root = tmp_path / name
+        for offset, (label, count) in enumerate(classes.items()):
+            (root / label).mkdir(parents=True, exist_ok=True)
+            for index, image in enumerate(make_images(count, size, seed=seed + offset)):
+                image.save(root / label / f"{index}.png")
+        return root
+
+    return make

@@ -1,0 +1,126 @@
+"""Flags: a recipe, a file over it, the command line over both; everything a person gets wrong is one line."""
+
+import json
+
+import pytest
+
+from modeling_vit_scratch.errors import UserError
+from modeling_vit_scratch.training.flags import build_parser, main, parse_arguments
+from modeling_vit_scratch.training.network import parse_overrides
+from modeling_vit_scratch.training.recipes import FIELDS, GROUPS, MAY_CHANGE_ON_RESUME, RECIPES
+
+
+def recipe_of(*arguments):
+    return parse_arguments(list(arguments))[0]
+
+
+def test_the_default_recipe_needs_no_network():
+    assert recipe_of() == RECIPES["digits"]
+
+
+def test_flags_change_the_named_recipe_and_are_remembered():
+    recipe, chosen = parse_arguments(["--recipe", "cifar10", "--learning_rate", "1e-3", "--streaming"])
+    assert recipe == RECIPES["cifar10"].replace(learning_rate=1e-3, streaming=True)
+    assert chosen == {"learning_rate", "streaming"}
+
+
+@pytest.mark.parametrize("given, other", [("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")])
+def test_either_length_replaces_the_recipes(given, other):
+    recipe = recipe_of(f"--{given}", "7")
+    assert getattr(recipe, given) == 7 and getattr(recipe, other) is None
+
+
+def test_a_training_folder_means_the_recipe_folder():
+    recipe = recipe_of("--train_dir", "photos")
+    assert recipe.recipe == "folder" and recipe.dataset_name is None
+    other = recipe_of("--train_dir", "photos", "--recipe", "cifar10")
+    assert other.recipe == "cifar10" and other.dataset_name is None and other.crop_padding == 4
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_the_command_line_wins_over_a_file_and_the_file_over_the_recipe(tmp_path, suffix):
+    file = tmp_path / f"flags.{suffix}"
+    values = {"recipe": "mnist", "learning_rate": "3e-3", "seed": 5, "max_steps": 9, "image_mean": [0.5]}
+    file.write_text(json.dumps(values))  # JSON is YAML too
+    recipe = recipe_of("--config", str(file), "--seed", "6", "--num_train_epochs", "2")
+    assert recipe == RECIPES["mnist"].replace(
+        learning_rate=3e-3, seed=6, num_train_epochs=2.0, image_mean=(0.5,), max_steps=None
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--recipe", "cifar"], "No recipe 'cifar'. Did you mean 'cifar10'? Known: "),
+        (["--learning_rat", "1"], "No flag '--learning_rat'. Did you mean '--learning_rate'?"),
+        (["--learn", "1"], "No flag '--learn'."),
+        (["digits"], "'digits' is not a flag"),
+        (["--seed"], "Argument --seed: expected one argument"),
+        (["--learning_rate", "-1"], "--learning_rate must be above 0, got -1.0"),
+        (["--learning_rate", "nan"], "--learning_rate must be above 0, got nan"),
+        (["--learning_rate", "fast"], "--learning_rate takes a number, got 'fast'"),
+        (["--max_steps", "0"], "--max_steps must be at least 1, got 0"),
+        (["--max_steps", "1.5"], "--max_steps takes a whole number, got '1.5'"),
+        (["--train_batch_size", "0"], "--train_batch_size must be at least 1, got 0"),
+        (["--label_smoothing_factor", "1"], "--label_smoothing_factor must be at least 0 and below 1, got 1.0"),
+        (["--streaming", "maybe"], "--streaming takes true or false, got 'maybe'"),
+        (["--optim", "adam"], "No optim 'adam'. Did you mean 'adamw'?"),
+        (["--max_steps", "5", "--num_train_epochs", "1"], "both say how long to train"),
+        (["--per_device_train_batch_size", "8"], "use --train_batch_size"),
+        (["--per_device_train_batch_size=8"], "use --train_batch_size"),
+        (["--fp16"], "accelerate launch --mixed_precision fp16"),
+        (["--train_dir", "a", "--dataset_name", "b"], "both name the training images"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_exit_code_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("learnin_rate: 1", "No flag in "),
+        ("- 1", "must hold flags and their values"),
+        ("a: [", "is not valid YAML or JSON"),
+        ("max_steps: 3\nnum_train_epochs: 1", "keep one of them"),
+        ("per_device_train_batch_size: 4", "use --train_batch_size"),
+    ],
+)
+def test_wrong_files_are_said(tmp_path, content, message):
+    file = tmp_path / "flags.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError) as caught:
+        recipe_of("--config", str(file))
+    assert message in str(caught.value)
+
+
+def test_every_field_is_a_flag_with_help_in_a_group(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name} " in text or f"--{name}\n" in text for name in FIELDS)
+    assert all(f"{group}:" in text for group in GROUPS)
+
+
+def test_what_may_change_on_resume_are_fields():
+    assert set(FIELDS) >= MAY_CHANGE_ON_RESUME
+
+
+def test_recipes_bear_their_names_and_say_how_long_they_train():
+    for name, recipe in RECIPES.items():
+        assert recipe.recipe == name
+        assert (recipe.max_steps is None) != (recipe.num_train_epochs is None)
+
+
+def test_overrides_are_typed_and_may_hold_lists():
+    assert parse_overrides("pooling=mean, hidden_size=192,image_size=[32,64],layer_scale_init=null,qkv_bias=false") == {
+        "pooling": "mean", "hidden_size": 192, "image_size": [32, 64], "layer_scale_init": None, "qkv_bias": False,
+    }  # fmt: skip
+    assert parse_overrides(None) == {}
+    with pytest.raises(UserError, match="No config field 'poling'. Did you mean 'pooling'?"):
+        parse_overrides("poling=mean")
+    with pytest.raises(UserError, match="takes \"field=value,field=value\", got 'mean'"):
+        parse_overrides("mean")

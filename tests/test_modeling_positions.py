@@ -1,0 +1,138 @@
+"""Positions: the fixed table, the rotary angles, interpolation to another image size."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from small_vit import SMALL, build, images
+
+from modeling_vit_scratch import ViTScratchConfig
+from modeling_vit_scratch.modeling_vit_scratch import (
+    interpolate_position_embeddings,
+    rope2d_tables,
+    rotate,
+    sincos2d_positions,
+)
+
+
+def big_vision_sincos_2d(height, width, hidden_size, temperature=10_000.0):
+    """The formula of 2205.01580's code, in numpy's double precision."""
+    y, x = np.mgrid[:height, :width]
+    omega = np.arange(hidden_size // 4) / (hidden_size // 4 - 1)
+    omega = 1.0 / temperature**omega
+    y, x = np.einsum("m,d->md", y.flatten(), omega), np.einsum("m,d->md", x.flatten(), omega)
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+
+
+@pytest.mark.parametrize(("grid", "hidden_size"), [((3, 5), 8), ((14, 14), 192), ((1, 7), 12)])
+def test_sincos2d_is_big_visions_formula(grid, hidden_size):
+    expected = big_vision_sincos_2d(*grid, hidden_size)
+    # float32 angles of up to 13 radians are off by up to 1e-6
+    np.testing.assert_allclose(sincos2d_positions(grid, hidden_size)[0].numpy(), expected, rtol=0, atol=2e-6)
+
+
+def test_sincos2d_of_the_narrowest_network_is_finite():
+    assert torch.isfinite(sincos2d_positions((2, 3), 4)).all()
+
+
+def test_sincos2d_positions_are_added_to_patches_only():
+    with_table, without = (
+        build(position_embedding_type=kind, num_register_tokens=1).vit.embeddings(images())
+        for kind in ("sincos2d", "none")
+    )
+    difference = with_table - without
+    assert torch.equal(difference[:, :2], torch.zeros(3, 2, 32))
+    table = sincos2d_positions((4, 4), 32).expand(3, -1, -1)
+    torch.testing.assert_close(difference[:, 2:], table, rtol=0, atol=1e-6)  # one addition and one subtraction
+
+
+@pytest.mark.parametrize("image_size", [(40, 32), (24, 48)])
+def test_at_another_size_fixed_positions_cover_the_same_range(image_size):
+    """The coarse grid's centres stay where they were: a grid twice as fine has them half way between its own."""
+    config = ViTScratchConfig(**{**SMALL, "image_size": image_size, "position_embedding_type": "rope2d"})
+    rows, columns = config.patch_grid
+    coarse = torch.atan2(*reversed(rope2d_tables(config, (rows, columns))))[1:].unflatten(0, (rows, columns))
+    fine = torch.atan2(*reversed(rope2d_tables(config, (2 * rows, 2 * columns))))[1:].unflatten(
+        0, (2 * rows, 2 * columns)
+    )
+    means = (fine[::2, ::2] + fine[1::2, 1::2]) / 2
+    slow = [1, 3]  # the second frequency of rows and of columns: slow enough not to wrap around at pi
+    torch.testing.assert_close(means[..., slow], coarse[..., slow], rtol=0, atol=1e-5)
+
+
+ROPE = ViTScratchConfig(
+    **{**SMALL, "image_size": (24, 40), "head_dim": 12, "num_register_tokens": 2, "position_embedding_type": "rope2d"}
+)
+
+
+def test_rope2d_scores_depend_only_on_the_difference_of_coordinates():
+    tables = rope2d_tables(ROPE, (3, 5))
+    query, key = images(2, 12).split(1)
+    tokens = 3 + 15
+    scores = (rotate(query.expand(1, 1, tokens, 12), tables) @ rotate(key.expand(1, 1, tokens, 12), tables).mT)[0, 0]
+    scores = scores[3:, 3:]  # patches
+    coordinates = list(itertools.product(range(3), range(5)))
+    by_difference = {}
+    for (i, (row, column)), (j, (other_row, other_column)) in itertools.product(enumerate(coordinates), repeat=2):
+        by_difference.setdefault((row - other_row, column - other_column), []).append(scores[i, j].item())
+    assert len(by_difference) == 5 * 9
+    spread = max(max(values) - min(values) for values in by_difference.values())
+    assert spread < 1e-5  # float32 sums of 12 products of size 1
+    distinct = sorted(values[0] for values in by_difference.values())
+    assert min(np.diff(distinct)) > 1e-5  # and every difference has a score of its own: rows and columns both count
+
+
+def test_rope2d_leaves_prefix_tokens_and_norms_alone():
+    states = images(2, 4, 3 + 15, 12)
+    turned = rotate(states, rope2d_tables(ROPE, (3, 5)))
+    assert torch.equal(turned[:, :, :3], states[:, :, :3])
+    assert torch.equal(turned[:, :, 3], states[:, :, 3])  # the patch at row 0, column 0
+    assert (turned[:, :, 4:] - states[:, :, 4:]).abs().amax((0, 1, 3)).min() > 0.1
+    torch.testing.assert_close(turned.norm(dim=-1), states.norm(dim=-1))
+
+
+def test_rope2d_turns_by_the_frequencies_of_2403_13298():
+    """theta_t = 100^(-t / (F/4)), t = 0..F/4-1, for rows and for columns alike (section 3.2)."""
+    frequencies = 100.0 ** -(np.arange(3) / 3)
+    cos, sin = rope2d_tables(ROPE, (3, 5))
+    for row, column in itertools.product(range(3), range(5)):
+        angles = np.concatenate((row * frequencies, column * frequencies))
+        angles = np.concatenate((angles, angles))
+        np.testing.assert_allclose(cos[3 + row * 5 + column], np.cos(angles), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(sin[3 + row * 5 + column], np.sin(angles), rtol=0, atol=1e-6)
+
+
+def test_interpolation_to_the_same_grid_gives_the_same_object():
+    table = images(1, 1 + 12, 8)
+    assert interpolate_position_embeddings(table, (3, 4), (3, 4)) is table
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("num_prefix", [0, 1, 5])
+def test_interpolation_leaves_prefix_positions_untouched(num_prefix, antialias):
+    table = images(1, num_prefix + 12, 8)
+    resampled = interpolate_position_embeddings(table, (3, 4), (7, 5), antialias)
+    assert resampled.shape == (1, num_prefix + 35, 8)
+    assert torch.equal(resampled[:, :num_prefix], table[:, :num_prefix])
+
+
+def test_interpolation_of_a_constant_grid_is_that_constant():
+    table = torch.full((1, 1 + 12, 8), 0.7)
+    torch.testing.assert_close(interpolate_position_embeddings(table, (3, 4), (9, 2)), torch.full((1, 19, 8), 0.7))
+
+
+def test_interpolation_keeps_the_kind_of_numbers():
+    table = images(1, 13, 8).to(torch.bfloat16)
+    assert interpolate_position_embeddings(table, (3, 4), (6, 8)).dtype is torch.bfloat16
+
+
+def test_positions_that_do_not_fill_the_old_grid_are_refused():
+    with pytest.raises(ValueError, match="10 positions do not fill a grid of 3 x 4 patches"):
+        interpolate_position_embeddings(images(1, 10, 8), (3, 4), (6, 8))
+
+
+@pytest.mark.parametrize("position_embedding_type", ["learned", "sincos2d", "rope2d", "none"])
+def test_asking_for_interpolation_at_the_same_size_changes_nothing(position_embedding_type):
+    model = build(position_embedding_type=position_embedding_type)
+    assert torch.equal(model(images()).logits, model(images(), interpolate_pos_encoding=True).logits)

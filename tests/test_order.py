@@ -1,0 +1,105 @@
+"""The order of data is arithmetic: each sample once an epoch, whatever reads it."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from modeling_vit_scratch.data.order import (
+    ResidentOrder,
+    StreamOrder,
+    derived_seed,
+    hash_holdout,
+    stratified_holdout,
+)
+
+
+def stream_samples(order: StreamOrder, start: int, count: int) -> list[tuple[int, int, int]]:
+    """(epoch, shard, row) of the samples start, start + 1, ... of a run, found one by one."""
+    found = []
+    for position in range(start, start + count):
+        epochs, lanes, numbers = order.batch(position, 1)
+        epoch, lane, number = int(epochs[0]), int(lanes[0]), int(numbers[0])
+        index, offset = divmod(number, order.window)
+        pieces = order.window_pieces(epoch, lane, index)
+        rows = [(shard, int(row)) for shard, numbers in pieces for row in numbers]
+        found.append((epoch, *rows[order.window_permutation(epoch, lane, index)[offset]]))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 37, 64])
+def test_resident_epochs_show_each_sample_once_whatever_the_batch(batch_size):
+    order = ResidentOrder(37, seed=3)
+    steps = -(-3 * 37 // batch_size)
+    pairs = [pair for step in range(steps) for pair in zip(*order.batch(step, batch_size), strict=True)]
+    for epoch in range(3):
+        assert sorted(sample for e, sample in pairs if e == epoch) == list(range(37))[: len(pairs) - 37 * epoch]
+
+
+def test_resident_epochs_differ_from_each_other_and_between_seeds():
+    first, second = (ResidentOrder(100, seed).batch(0, 200)[1] for seed in (1, 2))
+    assert not np.array_equal(first[:100], first[100:])
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_ranks_share_a_resident_batch_without_overlap(world_size):
+    parts = [ResidentOrder.local_positions(16, rank, world_size) for rank in range(world_size)]
+    assert sorted(np.concatenate(parts)) == list(range(16))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("sizes", [[1], [50], [3, 0, 41, 7], [11] * 8])
+@pytest.mark.parametrize("num_lanes", [1, 4, 24])
+def test_stream_epochs_show_each_sample_once(sizes, num_lanes):
+    order = StreamOrder(sizes, seed=5, num_lanes=num_lanes, window=4)
+    everything = sorted((shard, row) for shard, size in enumerate(sizes) for row in range(size))
+    samples = stream_samples(order, 0, 2 * sum(sizes))
+    for epoch in range(2):
+        assert sorted((shard, row) for e, shard, row in samples if e == epoch) == everything
+    if sum(sizes) > 10:
+        assert samples[: sum(sizes)] != [(0, s, r) for _, s, r in samples[sum(sizes) :]]
+
+
+def test_a_stream_is_found_in_the_middle_without_its_beginning():
+    order = StreamOrder([30, 12], seed=1, num_lanes=5, window=4)
+    whole = stream_samples(order, 0, 84)
+    fresh = pickle.loads(pickle.dumps(StreamOrder([30, 12], seed=1, num_lanes=5, window=4)))
+    assert stream_samples(fresh, 50, 34) == whole[50:]
+
+
+def test_lanes_are_read_from_their_own_contiguous_part():
+    order = StreamOrder([100], seed=0, num_lanes=7, window=8)
+    lengths = [order.lane_length(lane) for lane in range(7)]
+    assert sum(lengths) == 100 and max(lengths) - min(lengths) == 1
+    assert [order.lane_start(lane) for lane in range(7)] == [sum(lengths[:lane]) for lane in range(7)]
+
+
+def test_class_sorted_streams_are_mixed():
+    # one shard of 10 classes in order: a batch of 128 drawn at random lacks a class once in 70,000 batches
+    order = StreamOrder([10_000], seed=2, num_lanes=24, window=64)
+    classes = [row // 1000 for _, _, row in stream_samples(order, 0, 128)]
+    assert len(set(classes)) == 10
+
+
+def test_derived_seeds_depend_on_every_part():
+    seeds = {derived_seed(1, "a", 2), derived_seed(1, "a", 3), derived_seed(1, "b", 2), derived_seed(2, "a", 2)}
+    assert len(seeds) == 4 and derived_seed(1, "a", 2) in seeds
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_stratified_holdout_takes_its_share_of_each_class_and_never_the_last_image():
+    labels = np.array([0] * 50 + [1] * 10 + [2])
+    mask = stratified_holdout(labels, 0.2, seed=0)
+    assert [int(mask[labels == label].sum()) for label in range(3)] == [10, 2, 0]
+    assert stratified_holdout(labels, 0.99, seed=0)[labels == 1].sum() == 9
+    assert not np.array_equal(mask, stratified_holdout(labels, 0.2, seed=1))
+
+
+def test_hash_holdout_takes_its_share_and_differs_between_shards():
+    masks = [hash_holdout(seed=7, shard=shard, num_rows=100_000, rate=0.1) for shard in range(2)]
+    # binomial: standard deviation 95 of 10,000
+    assert all(abs(int(mask.sum()) - 10_000) < 500 for mask in masks)
+    assert (masks[0] & masks[1]).sum() < 1500
+    assert not hash_holdout(0, 0, 1000, 0.0).any() and hash_holdout(0, 0, 1000, 1.0).all()
+    assert np.array_equal(hash_holdout(7, 0, 50, 0.1), masks[0][:50])

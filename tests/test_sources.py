@@ -1,0 +1,180 @@
+"""Datasets are found, their columns and splits told, and what cannot be told is said in one line."""
+
+import datasets
+import numpy as np
+import pytest
+from conftest import make_images
+from sklearn.datasets import load_digits
+
+from modeling_vit_scratch.data.sources import DATASETS, find_columns, open_source
+from modeling_vit_scratch.errors import UserError
+
+
+def class_counts(source, split):
+    found = source.splits[split]
+    ids = [
+        source.label_id(example.label, example.name)
+        for shard in range(len(found.shard_sizes))
+        for example in found.examples.read(shard, found.rows(shard))
+    ]
+    return np.bincount(ids, minlength=len(source.class_names)).tolist()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_digits_have_a_fixed_stratified_test_split_of_360(streaming):
+    first, second = (open_source("digits", streaming=streaming, seed=seed) for seed in (0, 1))
+    assert len(first.splits["test"]) == 360
+    assert max(class_counts(first, "test")) - min(class_counts(first, "test")) <= 2
+    rows = [np.stack([e.image for e in s.splits["test"].examples.read(0, range(360))]) for s in (first, second)]
+    assert np.array_equal(*rows)
+    assert sum(len(split) for split in first.splits.values()) == 1797
+    # 16 grey levels on 0..255 and back without loss
+    everything = np.concatenate([first.splits[name].examples.images for name in ("train", "test")])
+    assert sorted(np.round(everything * (16 / 255)).sum((1, 2))) == sorted(load_digits().images.sum((1, 2)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_folders_give_every_row_once_over_their_splits(parquet_repo, streaming):
+    root = parquet_repo(train=[20, 13, 30], test=[9])
+    source = open_source(str(root), streaming=streaming, train_val_split=0.2, seed=3)
+    assert source.class_names == ["class 0", "class 1", "class 2"]
+    assert source.held_out and len(source.splits["test"]) == 9
+    counts = np.array([class_counts(source, "train"), class_counts(source, "validation")])
+    assert counts.sum() == 63 and (counts.sum(0) == 21).all()
+    names = [
+        {e.name for shard in range(len(s.shard_sizes)) for e in s.examples.read(shard, s.rows(shard))}
+        for s in (source.splits["train"], source.splits["validation"])
+    ]
+    assert not names[0] & names[1] and len(names[0] | names[1]) == 63
+
+
+def test_a_validation_split_of_its_own_is_used_and_zero_holds_out_none(parquet_repo):
+    root = parquet_repo(train=[20], validation=[8])
+    source = open_source(str(root))
+    assert not source.held_out and set(source.splits) == {"train", "validation"}
+    plain = parquet_repo(name="plain", train=[20])
+    assert set(open_source(str(plain), train_val_split=0).splits) == {"train"}
+
+
+def test_imagenet_tests_on_the_hubs_validation_split():
+    assert DATASETS["imagenet-1k"].splits == {"train": "train", "test": "validation"}
+
+
+def test_streamed_rows_are_those_of_the_table(parquet_repo):
+    root = parquet_repo(train=[11, 7], row_group=4)
+    streamed = open_source(str(root), streaming=True, train_val_split=0).splits["train"].examples
+    table = open_source(str(root), streaming=False, train_val_split=0).splits["train"].examples
+    everything = streamed.read(0, range(11)) + streamed.read(1, range(7))
+    assert [e.image for e in everything] == [e.image for e in table.read(0, range(18))]
+    assert [e.label for e in everything] == table.labels() == streamed.labels()
+    assert [e.name for e in streamed.read(0, [3, 9])] == [
+        f"{root}/data/train-00000-of-00002.parquet row {i}" for i in (3, 9)
+    ]
+
+
+def test_webdataset_folders_are_streamed(tmp_path):
+    import io
+    import tarfile
+
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"train-{shard:04d}.tar", "w") as archive:
+            for row, image in enumerate(make_images(5, seed=shard)):
+                encoded = io.BytesIO()
+                image.save(encoded, format="PNG")
+                for ending, content in (("png", encoded.getvalue()), ("cls", str(row % 3).encode())):
+                    info = tarfile.TarInfo(f"sample{shard}{row}.{ending}")
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+    source = open_source(str(tmp_path), streaming=True, train_val_split=0)
+    assert source.splits["train"].shard_sizes == [5, 5]
+    assert class_counts(source, "train") == [4, 4, 2]
+    truncated = tmp_path / "train-0001.tar"
+    truncated.write_bytes(truncated.read_bytes()[:3000])
+    with pytest.raises(UserError, match=r"train-0001.tar is not a whole tar archive"):
+        open_source(str(tmp_path), streaming=True, train_val_split=0)
+
+
+def test_folders_name_the_classes_for_every_split(image_folder):
+    train = image_folder(cat=4, dog=3, newt=2)
+    validation = image_folder(name="held", cat=1, newt=1)
+    source = open_source(train_dir=str(train), validation_dir=str(validation))
+    assert source.class_names == ["cat", "dog", "newt"]
+    assert class_counts(source, "validation") == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"dataset_name": "cifar1"}, "No dataset 'cifar1'. Did you mean 'cifar10'?"),
+        ({"dataset_name": "./nowhere"}, "there is no such folder"),
+        ({"train_dir": "./nowhere"}, "--train_dir ./nowhere: there is no such folder"),
+        ({"dataset_name": "me/private"}, "not on this machine and the Hub cannot be reached"),
+    ],
+)
+def test_what_is_not_there_is_said(arguments, message):
+    with pytest.raises(UserError) as caught:
+        open_source(**arguments)
+    assert message in str(caught.value)
+
+
+def test_folders_that_cannot_train_are_refused(image_folder, tmp_path):
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    with pytest.raises(UserError, match="there are no images in folders below it"):
+        open_source(train_dir=str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="has a single class \\(cat\\)"):
+        open_source(train_dir=str(image_folder(cat=3)))
+    with pytest.raises(UserError, match="has the class 'wolf', which the training folder has not \\(cat, dog\\)"):
+        open_source(
+            train_dir=str(image_folder(name="two", cat=3, dog=3)),
+            validation_dir=str(image_folder(name="other", cat=1, wolf=1)),
+        )
+    with pytest.raises(UserError, match="name it with --train_dir"):
+        open_source(str(tmp_path / "two"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_label_outside_the_classes_names_its_row(tmp_path, streaming):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    table = datasets.Dataset.from_dict({"image": make_images(4), "label": [0, 1, -1, 0]}, features=features)
+    (tmp_path / "data").mkdir()
+    table.to_parquet(tmp_path / "data" / "train-0.parquet")
+    with pytest.raises(UserError, match=r"row 2 has the label -1, which is not among the 2 classes \(a, b\)"):
+        class_counts(open_source(str(tmp_path), streaming=streaming, train_val_split=0.3 * (not streaming)), "train")
+
+
+IMAGE, CLASSES = datasets.Image(), datasets.ClassLabel(num_classes=3)
+
+
+@pytest.mark.parametrize(
+    "features, named, expected",
+    [
+        ({"img": IMAGE, "label": CLASSES}, (None, None), ("img", "label")),
+        ({"image": IMAGE, "target": CLASSES}, (None, None), ("image", "target")),
+        ({"img": IMAGE, "fine_label": CLASSES, "coarse_label": CLASSES}, (None, None), ("img", "fine_label")),
+        (
+            {"img": IMAGE, "fine_label": CLASSES, "coarse_label": CLASSES},
+            (None, "coarse_label"),
+            ("img", "coarse_label"),
+        ),
+        ({"a": IMAGE, "b": IMAGE, "label": datasets.Value("string")}, ("b", None), ("b", "label")),
+    ],
+)
+def test_columns_are_found_from_the_features(features, named, expected):
+    assert find_columns(datasets.Features(features), *named, "x") == expected
+
+
+@pytest.mark.parametrize(
+    "features, named, message",
+    [
+        ({"img": IMAGE, "label": CLASSES}, ("pic", None), "--image_column_name pic: x has no such column. It has: img"),
+        ({"img": IMAGE, "label": CLASSES}, (None, "y"), "--label_column_name y: x has no such column"),
+        ({"a": IMAGE, "b": IMAGE, "label": CLASSES}, (None, None), "several image columns (a, b)"),
+        ({"text": datasets.Value("string")}, (None, None), "x has no image column"),
+        ({"img": IMAGE, "x": CLASSES, "y": CLASSES}, (None, None), "several label columns (x, y)"),
+        ({"img": IMAGE, "weight": datasets.Value("int64")}, (None, None), "no label column"),
+    ],
+)
+def test_columns_that_cannot_be_told_are_listed(features, named, message):
+    with pytest.raises(UserError) as caught:
+        find_columns(datasets.Features(features), *named, "x")
+    assert message in str(caught.value)
