@@ -39,7 +39,7 @@ def array_to_channels(image: Any, num_channels: int) -> Any:
     return image
 
 
-class ViTScratchImagesKwargs(ImagesKwargs, total=False):
+class ViTScratchImageProcessorKwargs(ImagesKwargs, total=False):
     """What a processor may be given, at construction or at a call."""
 
     num_channels: int
@@ -48,14 +48,12 @@ class ViTScratchImagesKwargs(ImagesKwargs, total=False):
 class _ViTScratchImageProcessing:
     """What both backends share: the defaults (transformers' ViT has the same) and the channels."""
 
-    valid_kwargs = ViTScratchImagesKwargs
+    valid_kwargs = ViTScratchImageProcessorKwargs
     resample = PILImageResampling.BILINEAR
     size = {"height": 224, "width": 224}
     do_resize = True
     do_rescale = True
     do_normalize = True
-    image_mean = [0.5, 0.5, 0.5]
-    image_std = [0.5, 0.5, 0.5]
     num_channels = 3
 
     def __init__(self, **kwargs):

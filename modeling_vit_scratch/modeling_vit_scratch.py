@@ -100,7 +100,7 @@ def rope2d_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine (N, F), float32, of axial rotary positions (2403.13298, section 3.2).
 
-    A quarter of the channel pairs' frequencies turns with the row, a quarter with the column; prefix tokens turn by 0.
+    Half of the channel pairs turn with the row, half with the column; prefix tokens do not turn.
     """
     rows, columns = grid_coordinates(grid, config.patch_grid, device)
     quarter = config.attention_head_dim // 4
@@ -410,7 +410,9 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
         elif self.config.weight_init == "trunc_normal":
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
         elif self.config.weight_init == "xavier_uniform":
-            init.xavier_uniform_(module.weight)
+            # the patch kernel as the matrix that it is: torch would count each pixel of a patch as an output
+            bound = (6 / (module.weight[0].numel() + module.weight.shape[0])) ** 0.5
+            init.uniform_(module.weight, -bound, bound)
         elif self.config.weight_init == "torch":
             init.kaiming_uniform_(module.weight, a=5**0.5)
             if module.bias is not None:
@@ -464,7 +466,8 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         """Encodes images.
 
         pixel_values: (B, C, H, W), normalised as the image processor does. interpolate_pos_encoding: True admits
-        another image size than the configuration's. attention_mask: (B, N), 1 for tokens to attend to.
+        another image size than the configuration's. attention_mask: (B, N), 1 for tokens to attend to;
+        it hides tokens from each other, not from mean pooling.
         Raises ValueError for a wrong number of channels or an image size that does not fit.
         """
         if pixel_values is None or pixel_values.ndim != 4:

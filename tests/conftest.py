@@ -8,9 +8,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 datasets.disable_progress_bars()
+torch.set_num_threads(1)  # the networks are tiny: a second thread costs more than it brings
 
 
 def make_images(count: int, size: tuple[int, int] = (8, 8), seed: int = 0) -> list[Image.Image]:

@@ -27,7 +27,7 @@ def materialised(**fields):
 
 def bound_of(kind: str, weight: torch.Tensor) -> tuple[float, float]:
     """(standard deviation, largest absolute value) of a matrix or kernel under `weight_init`, initializer_range 1."""
-    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
+    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight.flatten(1))  # a kernel as the matrix that it is
     uniform = {"xavier_uniform": (6 / (fan_in + fan_out)) ** 0.5, "torch": fan_in**-0.5}
     if kind in uniform:
         return uniform[kind] / 3**0.5, uniform[kind]

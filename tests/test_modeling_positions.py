@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_vit import SMALL, build, images
 
-from modeling_vit_scratch import ViTScratchConfig
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchModel
 from modeling_vit_scratch.modeling_vit_scratch import (
     interpolate_position_embeddings,
     rope2d_tables,
@@ -101,6 +101,28 @@ def test_rope2d_turns_by_the_frequencies_of_2403_13298():
         angles = np.concatenate((angles, angles))
         np.testing.assert_allclose(cos[3 + row * 5 + column], np.cos(angles), rtol=0, atol=1e-6)
         np.testing.assert_allclose(sin[3 + row * 5 + column], np.sin(angles), rtol=0, atol=1e-6)
+
+
+def test_rotary_attention_is_that_of_queries_and_keys_turned_in_the_complex_plane():
+    """Re(q e^ia conj(k e^ib)), summed over pairs of channels and divided by the root of the head's width."""
+    torch.manual_seed(0)
+    model = ViTScratchModel(ROPE).eval()
+    model.set_attn_implementation("eager")
+    pixel_values = images(1, 3, 24, 40)
+    weights = model(pixel_values, output_attentions=True).attentions[0][0].detach().numpy()
+
+    layer = model.layers[0]
+    states = layer.layernorm_before(model.embeddings(pixel_values))[0]
+    frequencies = 100.0 ** -(np.arange(3) / 3)
+    rows, columns = (axis.ravel()[:, None] * frequencies for axis in np.mgrid[:3, :5])
+    angles = np.concatenate((np.zeros((3, 6)), np.concatenate((rows, columns), axis=1)))
+    turned = []
+    for projection in (layer.attention.q_proj, layer.attention.k_proj):
+        channels = projection(states).detach().double().numpy().reshape(18, 4, 12)
+        turned.append((channels[..., :6] + 1j * channels[..., 6:]) * np.exp(1j * angles)[:, None])
+    scores = np.exp(np.einsum("ihc,jhc->hij", turned[0], turned[1].conj()).real / np.sqrt(12))
+    # float32 against double precision
+    np.testing.assert_allclose(weights, scores / scores.sum(2, keepdims=True), rtol=1e-4, atol=1e-6)
 
 
 def test_interpolation_to_the_same_grid_gives_the_same_object():

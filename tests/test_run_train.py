@@ -115,10 +115,10 @@ def test_a_finished_run_shows_its_scores_and_trains_no_more(tmp_path, capsys):
 
 
 def test_another_recipe_is_refused_until_told_to_start_afresh(tmp_path):
-    run(tmp_path / "run", "--max_steps", 2)
+    run(tmp_path / "run", "--max_steps", 2, "--learning_rate", 0.002)
     with pytest.raises(UserError, match=r"another recipe \(max_steps: 2 -> 3; learning_rate: 0.002 -> 0.1\)"):
         run(tmp_path / "run", "--max_steps", 3, "--learning_rate", 0.1)
-    run(tmp_path / "run", "--max_steps", 2, "--logging_steps", 1)  # may change
+    run(tmp_path / "run", "--max_steps", 2, "--learning_rate", 0.002, "--logging_steps", 1)  # may change
     results = run(tmp_path / "run", "--max_steps", 3, "--overwrite_output_dir", "true")
     assert results["steps"] == 3
 

@@ -166,13 +166,13 @@ def check_range(name: str, value: Any, limits: Any):
 RECIPES: dict[str, Recipe] = {
     # accelerate launch run_train.py
     "digits": Recipe(
-        recipe="digits", dataset_name="digits", preset="digits", num_train_epochs=100, train_batch_size=64,
-        learning_rate=2e-3, warmup_steps=0.1, label_smoothing_factor=0.1, rotation_degrees=10, translate_pixels=1.0,
+        recipe="digits", dataset_name="digits", preset="digits", num_train_epochs=120, train_batch_size=64,
+        learning_rate=4e-3, warmup_steps=0.1, label_smoothing_factor=0.1, rotation_degrees=10, translate_pixels=1.0,
         scale_range=0.1, train_val_split=0.1,
     ),
     # accelerate launch run_train.py --recipe mnist
     "mnist": Recipe(
-        recipe="mnist", dataset_name="mnist", preset="mnist", num_train_epochs=5, learning_rate=2e-3,
+        recipe="mnist", dataset_name="mnist", preset="mnist", num_train_epochs=6, learning_rate=2e-3,
         label_smoothing_factor=0.05, rotation_degrees=10, translate_pixels=2.0, scale_range=0.1,
         image_mean=(0.1307,), image_std=(0.3081,), train_val_split=0.05,
     ),

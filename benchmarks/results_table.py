@@ -1,0 +1,70 @@
+"""Prints the README's table of scores from the recorded runs in benchmarks/results/runs/, one row a command.
+
+    python benchmarks/results_table.py            prints it
+    python benchmarks/results_table.py --write    puts it between the README's markers
+
+A recorded run is the results.json of a run folder, copied there as <recipe>-seed<seed>.json.
+"""
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "benchmarks" / "results" / "runs"
+MARKERS = ("<!-- scores: benchmarks/results_table.py -->", "<!-- end of scores -->")
+
+
+def read_runs(folder: Path = RUNS) -> dict[str, list[dict[str, Any]]]:
+    """The recorded runs by the command that they share, seeds left out."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*.json")):
+        run = json.loads(file.read_text(encoding="utf-8"))
+        command = re.sub(r" --(seed|output_dir) \S+", "", run["command"])
+        groups.setdefault(command, []).append(run)
+    return groups
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and sample standard deviation, or the value of a single run."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def table(groups: dict[str, list[dict[str, Any]]]) -> str:
+    rows = [
+        "| recipe | parameters | test accuracy, % | seeds | seconds of training | images/s | machine |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for command, runs in groups.items():
+        first = runs[0]
+        hardware = first["hardware"]
+        precision = "" if first["mixed_precision"] == "no" else f", {first['mixed_precision']}"
+        cells = [
+            f"`{command.partition('run_train.py ')[2]}`",
+            f"{first['num_parameters']:,}",
+            spread([100 * run["test_accuracy"] for run in runs], 2),
+            ", ".join(str(run["seed"]) for run in runs),
+            spread([run["train_seconds"] for run in runs], 0),
+            f"{statistics.mean(run['images_per_second'] for run in runs):,.0f}",
+            f"{hardware['gpu'] or str(hardware['cores']) + ' CPU cores'}{precision}",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def with_table(readme: str) -> str:
+    """The README with the table between its markers."""
+    start, end = (readme.index(marker) for marker in MARKERS)
+    return readme[: start + len(MARKERS[0])] + "\n" + table(read_runs()) + "\n" + readme[end:]
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv[1:]:
+        path = ROOT / "README.md"
+        path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(table(read_runs()))
