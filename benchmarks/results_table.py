@@ -1,9 +1,9 @@
 """Prints the README's table of scores from the recorded runs in benchmarks/results/runs/, one row a command.
 
-    python benchmarks/results_table.py            prints it
-    python benchmarks/results_table.py --write    puts it between the README's markers
+python benchmarks/results_table.py            prints it
+python benchmarks/results_table.py --write    puts it between the README's markers
 
-A recorded run is the results.json of a run folder, copied there as <recipe>-seed<seed>.json.
+python benchmarks/results_table.py --record outputs/mnist   keeps that run's results.json as mnist-seed42.json
 """
 
 import json
@@ -23,7 +23,7 @@ def read_runs(folder: Path = RUNS) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(folder.glob("*.json")):
         run = json.loads(file.read_text(encoding="utf-8"))
-        command = re.sub(r" --(seed|output_dir) \S+", "", run["command"])
+        command = re.sub(r" --seed \S+", "", run["command"])
         groups.setdefault(command, []).append(run)
     return groups
 
@@ -63,7 +63,12 @@ def with_table(readme: str) -> str:
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv[1:]:
+    if sys.argv[1:2] == ["--record"]:
+        for folder in sys.argv[2:]:
+            run = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+            RUNS.mkdir(parents=True, exist_ok=True)
+            (RUNS / f"{run['recipe']}-seed{run['seed']}.json").write_text(json.dumps(run, indent=1) + "\n")
+    elif "--write" in sys.argv[1:]:
         path = ROOT / "README.md"
         path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
     else:

@@ -99,8 +99,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one_bit_for_bit(tmp_path, monke
     results = run(broken, *arguments, "--config_overrides", dropouts)
     assert steps == [*range(10), *range(8, 14)]  # from the checkpoint of step 8
     assert equal(weights(whole), weights(broken))
-    # what was logged after the checkpoint is cut off and logged again; the window of the first row is shorter by a step
-    assert [row for row in metrics(broken) if row["step"] != 9] == [row for row in metrics(whole) if row["step"] != 9]
+    assert metrics(broken) == metrics(whole)  # what was logged after the checkpoint is cut off and logged again
     assert loop.final_scores(results) == loop.final_scores(expected)
 
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from .. import configuration_vit_scratch, image_processing_vit_scratch, modeling_vit_scratch
 from ..data.decoding import Processor
@@ -35,6 +36,7 @@ def save_model_folder(
     """Writes configuration, weights, image processor and code to `folder`, which appears whole or not at all."""
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
+    logging.disable_progress_bar()  # one file, written in a moment
     model.save_pretrained(partial, state_dict=tensors, save_original_format=False)
     processor.save_pretrained(partial)
     _add_code_map(partial / "config.json", MODEL_CODE)

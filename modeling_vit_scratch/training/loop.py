@@ -63,10 +63,9 @@ class Position:
 
 @dataclass
 class Window:
-    """Sums since the last training row; on the device, so that no step waits for them."""
+    """Sums of loss and of correct answers since the last training row; on the device, so that no step waits."""
 
-    loss: torch.Tensor
-    correct: torch.Tensor
+    sums: torch.Tensor
     images: int = 0
     waited: float = 0.0
     started: float = field(default_factory=time.perf_counter)
@@ -139,6 +138,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
     network = accelerator.prepare(model.to(device))
     optimizer = accelerator.prepare(OPTIMIZERS[recipe.optim](groups, recipe))
     position = Position()
+    window = Window(torch.zeros(2, device=device))
     if run.checkpoint is not None:
         tensors, optimizer_state, saved = load_checkpoint(run.checkpoint)
         model.load_state_dict(tensors)
@@ -149,13 +149,16 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
         accelerator.print(f"going on from {run.checkpoint}")
         if saved["num_processes"] != world_size:
             accelerator.print(f"with {world_size} process(es); it was written by {saved['num_processes']}")
+        window = _restored_window(saved["window"], rank, world_size, device)
     metrics = MetricsFile(output_dir / "metrics.jsonl", accelerator.is_main_process, position.step)
     start_trackers(accelerator, trackers, recipe.to_dict())
     _announce(accelerator, source, model, loading_report, total_steps, batch_size, data, workers)
 
     def save() -> Path:
+        sums = accelerator.gather(window.sums[None]).tolist()  # float32 through JSON and back without loss
         if accelerator.is_main_process:
             state = {
+                "window": {"sums": sums, "images": window.images},
                 "position": vars(position),
                 "num_processes": world_size,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
@@ -171,7 +174,6 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
     eval_every = _interval(recipe.eval_steps or default_interval, total_steps)
     save_every = _interval(recipe.save_steps, total_steps)
     progress = Progress(total_steps, position.step, accelerator.is_main_process)
-    window = _new_window(device)
     clock = time.perf_counter()
     network.train()
     with _stop_signals() as stop_requested:
@@ -200,8 +202,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
                     )
                     # gradients are averaged over ranks: times their number makes it the mean over the global batch
                     accelerator.backward(loss_sum * (world_size / batch_size))
-                window.loss += loss_sum.detach()
-                window.correct += (logits.argmax(dim=1) == labels).sum()
+                window.sums += torch.stack((loss_sum.detach(), (logits.argmax(dim=1) == labels).sum()))
             grad_norm = accelerator.clip_grad_norm_(network.parameters(), recipe.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
@@ -219,7 +220,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
                 metrics.append(row)
                 accelerator.log({k: v for k, v in row.items() if k != "step"}, step=position.step)
                 progress.show(row)
-                window = _new_window(device)
+                window = Window(torch.zeros(2, device=device))
 
             paused = time.perf_counter()
             position.train_seconds += paused - clock
@@ -301,13 +302,16 @@ def _next_batch(batches: Iterator[Batch]) -> Batch:
         raise
 
 
-def _new_window(device: torch.device) -> Window:
-    return Window(torch.zeros((), device=device), torch.zeros((), device=device))
+def _restored_window(saved: dict[str, Any], rank: int, world_size: int, device: torch.device) -> Window:
+    """The window as this rank left it; with another number of processes, the first one takes all of it."""
+    sums = torch.tensor(saved["sums"], device=device)
+    whole = sums.sum(dim=0) * (rank == 0)
+    return Window(sums[rank] if len(sums) == world_size else whole, saved["images"])
 
 
 def _training_row(accelerator: Accelerator, window: Window, step, batch_size, num_samples, rate, grad_norm) -> dict:
     """The metrics row of the steps since the last one: means over their images, over all processes."""
-    sums = accelerator.reduce(torch.stack((window.loss, window.correct)), reduction="sum")
+    sums = accelerator.reduce(window.sums, reduction="sum")
     loss, correct = (sums / window.images).tolist()
     seconds = time.perf_counter() - window.started
     return {

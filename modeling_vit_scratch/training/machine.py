@@ -75,14 +75,14 @@ def agree(accelerator: Accelerator, decide: Callable[[], Result]) -> Result:
 
 
 def command(accelerator: Accelerator, recipe: Recipe, chosen: frozenset[str]) -> str:
-    """The command that repeats this run, as a person would type it."""
+    """The command that repeats this run, as a person would type it; where it was written to is nobody's business."""
     launch = ["accelerate", "launch"]
     if accelerator.num_processes > 1:
         launch += ["--config_file", "accelerate_config.yaml", "--num_processes", str(accelerator.num_processes)]
     if accelerator.mixed_precision != "no":
         launch += ["--mixed_precision", accelerator.mixed_precision]
     words = [*launch, "run_train.py", "--recipe", recipe.recipe]
-    for name in sorted(chosen - {"overwrite_output_dir"}):
+    for name in sorted(chosen - {"output_dir", "overwrite_output_dir"}):
         value = getattr(recipe, name)
         words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return shlex.join(words)

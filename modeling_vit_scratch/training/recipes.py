@@ -172,7 +172,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     # accelerate launch run_train.py --recipe mnist
     "mnist": Recipe(
-        recipe="mnist", dataset_name="mnist", preset="mnist", num_train_epochs=6, learning_rate=2e-3,
+        recipe="mnist", dataset_name="mnist", preset="mnist", num_train_epochs=12, learning_rate=3e-3,
         label_smoothing_factor=0.05, rotation_degrees=10, translate_pixels=2.0, scale_range=0.1,
         image_mean=(0.1307,), image_std=(0.3081,), train_val_split=0.05,
     ),
