@@ -73,7 +73,12 @@ def load_pretrained(
 
 def load_pixel_facts(name_or_path: str) -> dict[str, Any]:
     """Mean, standard deviation and resampling that the checkpoint's image processor has."""
-    fields = json.loads(Path(_fetch(name_or_path, "preprocessor_config.json")).read_text(encoding="utf-8"))
+    try:
+        fields = json.loads(Path(_fetch(name_or_path, "preprocessor_config.json")).read_text(encoding="utf-8"))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"--model_name_or_path {name_or_path}: preprocessor_config.json is damaged.") from error
     return {name: fields[name] for name in ("image_mean", "image_std", "resample") if name in fields}
 
 

@@ -56,6 +56,17 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, name, harm):
     assert damage(first) is None
 
 
+def test_saving_a_step_again_never_leaves_it_missing(tmp_path, monkeypatch):
+    first = save(tmp_path, 1)
+    monkeypatch.setattr(checkpointing, "save_file", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 1)
+    monkeypatch.undo()
+    assert newest_whole(tmp_path) == first
+    save(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
 @pytest.mark.parametrize("call", ["save_file", "_sync", "rename"])
 def test_a_crash_while_writing_leaves_nothing_that_looks_whole(tmp_path, monkeypatch, call):
     first = save(tmp_path, 1)

@@ -57,8 +57,9 @@ def test_the_command_line_wins_over_a_file_and_the_file_over_the_recipe(tmp_path
         (["digits"], "'digits' is not a flag"),
         (["--seed"], "Argument --seed: expected one argument"),
         (["--learning_rate", "-1"], "--learning_rate must be above 0, got -1.0"),
-        (["--learning_rate", "nan"], "--learning_rate must be above 0, got nan"),
+        (["--learning_rate", "nan"], "--learning_rate must be finite, got nan"),
         (["--learning_rate", "fast"], "--learning_rate takes a number, got 'fast'"),
+        (["--save_steps", "inf"], "--save_steps must be finite, got inf"),
         (["--max_steps", "0"], "--max_steps must be at least 1, got 0"),
         (["--max_steps", "1.5"], "--max_steps takes a whole number, got '1.5'"),
         (["--train_batch_size", "0"], "--train_batch_size must be at least 1, got 0"),
@@ -119,6 +120,7 @@ def test_overrides_are_typed_and_may_hold_lists():
     assert parse_overrides("pooling=mean, hidden_size=192,image_size=[32,64],layer_scale_init=null,qkv_bias=false") == {
         "pooling": "mean", "hidden_size": 192, "image_size": [32, 64], "layer_scale_init": None, "qkv_bias": False,
     }  # fmt: skip
+    assert parse_overrides("layer_norm_eps=1e-6") == {"layer_norm_eps": 1e-6}  # which YAML 1.1 takes for text
     assert parse_overrides(None) == {}
     with pytest.raises(UserError, match="No config field 'poling'. Did you mean 'pooling'?"):
         parse_overrides("poling=mean")

@@ -180,9 +180,3 @@ def test_a_broken_image_in_a_worker_is_one_line(image_folder):
     with pytest.raises(BadImageError, match=r"cat/3.png cannot be read as an image") as caught:
         list(make_data(source, decoder, num_workers=2).batches(0, 1))
     assert "Traceback" not in str(caught.value)
-
-
-def test_more_processes_than_lanes_is_said(parquet_repo):
-    source = open_source(str(parquet_repo(train=[20])), streaming=True, train_val_split=0)
-    with pytest.raises(ValueError, match="3 processes share 2 lanes: set --stream_lanes 6"):
-        make_data(source, Decoder(ViTScratchImageProcessor(**SMALL)), world_size=3, num_lanes=2)

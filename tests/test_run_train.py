@@ -124,10 +124,13 @@ def test_another_recipe_is_refused_until_told_to_start_afresh(tmp_path):
 
 def test_a_folder_of_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "model").mkdir()
     for arguments in ([], ["--overwrite_output_dir", "true"]):
         with pytest.raises(UserError, match="holds files but no run"):
             run(tmp_path, "--max_steps", 1, *arguments)
-    assert (tmp_path / "thesis.txt").exists()
+    assert (tmp_path / "thesis.txt").exists() and (tmp_path / "model").is_dir()
+    with pytest.raises(UserError, match="thesis.txt cannot be used"):
+        run(tmp_path / "thesis.txt", "--max_steps", 1)
 
 
 def test_accumulated_parts_take_the_steps_of_one_batch(tmp_path):
@@ -226,6 +229,11 @@ def test_the_best_weights_are_published_on_request(tmp_path):
             "--eval_steps has no effect here: there is no validation split",
         ),
         (["--crop_pct", "0.9"], "--crop_pct has no effect here"),
+        (["--image_std", "0"], "--image_std must be above 0"),
+        (["--config_overrides", "image_size=abc"], "image_size takes a number of pixels or [height,width], got 'abc'"),
+        (["--config_overrides", "hidden_size={"], "'hidden_size={' has no value that can be read"),
+        (["--config_overrides", "image_size=16", "--image_size", "8"], "both say the size"),
+        (["--config_overrides", "num_channels=4"], "the images have 1; 1 and 3 work"),
     ],
 )
 def test_what_a_person_gets_wrong_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):

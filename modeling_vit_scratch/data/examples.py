@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
@@ -131,7 +132,10 @@ class ParquetExamples:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        table = self._file(shard).read_row_group(group, columns=[self.image_column, self.label_column])
+        try:
+            table = self._file(shard).read_row_group(group, columns=[self.image_column, self.label_column])
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"Shard {self.urls[shard]}: row group {group} cannot be read: {error}") from error
         columns = table.column(self.image_column), table.column(self.label_column)
         self._cache[key] = columns
         while len(self._cache) > 1 and sum(c.nbytes for c, _ in self._cache.values()) > ROW_GROUP_CACHE_BYTES:

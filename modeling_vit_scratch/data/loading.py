@@ -3,6 +3,7 @@
 All three give the same kind of batch for a step, whatever the number of workers; ranks take disjoint parts of it.
 """
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -209,8 +210,6 @@ class TrainingData:
         self.reader = _RowReader(source, self.split, decoder)
         self.resident: ResidentImages | None = None
         if source.streaming:
-            if world_size > num_lanes:
-                raise UserError(f"{world_size} processes share {num_lanes} lanes: set --stream_lanes {2 * world_size}.")
             self.order = StreamOrder(self.split.shard_sizes, seed, num_lanes, window)
         else:
             self.order = ResidentOrder(len(self.split), seed)
@@ -290,6 +289,12 @@ class EvaluationData:
                 yield batch
 
 
+def _leave_process_group(_worker: int):
+    # torchrun sends SIGTERM to the whole group: it is the trainer's to answer, who still needs its workers for a step
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+
+
 def _load(dataset: Any, num_workers: int, sampler: range | None = None) -> Iterator[Batch | None]:
     # a generator of its own: a DataLoader without one draws its base seed from the global one, which is the model's
     loader = DataLoader(
@@ -300,8 +305,10 @@ def _load(dataset: Any, num_workers: int, sampler: range | None = None) -> Itera
         prefetch_factor=4 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
+        worker_init_fn=_leave_process_group,
     )
     for item in loader:
         if isinstance(item, UserError):
+            item.met_alone = True
             raise item
         yield item

@@ -21,7 +21,7 @@ from ..errors import UserError, unknown
 from .examples import ArrayExamples, Examples, FolderExamples, ParquetExamples, TableExamples, TarExamples
 from .order import hash_holdout, stratified_holdout
 
-LABEL_COLUMNS = ("label", "labels", "fine_label")  # in this order, where features alone do not decide
+LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")  # in this order, where features alone do not decide
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -242,6 +242,10 @@ def _open_table(
     image_column, label_column = image_column or row.image_column, label_column or row.label_column
 
     if kind == "webdataset" and streaming:
+        if image_column or label_column:
+            raise UserError(
+                f"{dataset_name} is a webdataset: streamed, its images and .cls labels need no column names."
+            )
         local = [url for split in used.values() for url in files[split] if not os.path.exists(url)]
         if local:
             raise UserError(f"{dataset_name}: webdataset shards are streamed from a local folder only, not {local[0]}.")
@@ -250,7 +254,8 @@ def _open_table(
     elif streaming:
         if kind != "parquet":
             raise UserError(f"{dataset_name} is stored as {kind}; --streaming true reads parquet and webdataset.")
-        features = _parquet_features(files[used["train"]][0])
+        with _hub_errors(str(dataset_name)):
+            features = _parquet_features(files[used["train"]][0])
         columns = find_columns(features, image_column, label_column, dataset_name)
         with _quiet_hub():
             examples = {ours: ParquetExamples(files[split], *columns) for ours, split in used.items()}

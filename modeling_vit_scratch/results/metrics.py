@@ -11,7 +11,7 @@ _CITATION = ""
 
 
 class _ImageMetric(evaluate.Metric):
-    """An evaluate.Metric kept in memory: no lock files, no cache folder."""
+    """An evaluate.Metric kept in memory: no lock files."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(keep_in_memory=True, **kwargs)

@@ -52,9 +52,7 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / step_folder(step)
     partial = folder / f"{PARTIAL}{step_folder(step)}"
-    for leftover in (partial, target):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     save_file({name: t.detach().cpu().contiguous() for name, t in model_tensors.items()}, partial / "model.safetensors")
     save_file(optimizer_state, partial / "optimizer.safetensors")
@@ -64,7 +62,11 @@ def save_checkpoint(
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for file in (*files, partial / MANIFEST, partial):
         _sync(file)
+    replaced = folder / f"{PARTIAL}{step_folder(step)}-old"
+    if target.exists():  # of a run that went another way: it stays until the new one is whole
+        os.rename(target, replaced)
     os.rename(partial, target)
+    shutil.rmtree(replaced, ignore_errors=True)
     _sync(folder)
     return target
 

@@ -28,8 +28,8 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
 # the same, for what only the data tells
 IDLE_ON_SOURCE: dict[str, tuple[Callable[[Source, Decoder], bool], str]] = {
     "train_val_split": (
-        lambda s, d: "validation" in s.splits and not s.held_out,
-        "the dataset has a validation split of its own",
+        lambda s, d: not s.held_out,
+        "the dataset has a validation split of its own, or too few images of each class to hold one out",
     ),
     "eval_steps": (lambda s, d: "validation" not in s.splits, "there is no validation split"),
     "load_best_model_at_end": (lambda s, d: "validation" not in s.splits, "there is no validation split"),

@@ -111,6 +111,7 @@ def parse_arguments(arguments: list[str]) -> tuple[Recipe, frozenset[str]]:
     written = {**(_read_config(file) if file else {}), **words}
     if all(name in words for name in LENGTHS):
         raise UserError("--max_steps and --num_train_epochs both say how long to train: give one of them.")
+    written = {name: value for name, value in written.items() if name not in LENGTHS or value is not None}
     if all(name in written for name in LENGTHS):
         written.pop(next(name for name in LENGTHS if name not in words), None)  # the command line over the file
     chosen = {name: parse_value(name, value) for name, value in written.items()}
@@ -165,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe, chosen = parse_arguments(arguments)
         train(recipe, chosen)
     except UserError as error:
-        if error.met_alone or os.environ.get("RANK", "0") == "0":
+        if error.met_alone or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
     except Interrupted as stop:

@@ -20,7 +20,7 @@ from transformers import set_seed
 
 from ..data.augmentation import Augmentation, batch_draws, normalise
 from ..data.decoding import Decoder, normalisation
-from ..data.loading import Batch, EvaluationData, TrainingData
+from ..data.loading import EvaluationData, TrainingData
 from ..data.order import derived_seed
 from ..data.sources import Source, open_source
 from ..errors import UserError
@@ -37,7 +37,7 @@ from .checkpointing import (
     save_checkpoint,
 )
 from .evaluation import Evaluation, evaluate
-from .machine import agree, command, commit, hardware, start_accelerator, versions
+from .machine import agree, command, commit, first_on_each_node, hardware, start_accelerator, versions
 from .network import build_network
 from .optimization import OPTIMIZERS, learning_rate_at, parameter_groups
 from .recipes import Recipe
@@ -84,11 +84,13 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
     # --- data, and the network that fits it
-    with accelerator.local_main_process_first():  # one download a node
-        source = open_source(
+    def open_data() -> Source:
+        return open_source(
             recipe.dataset_name, recipe.dataset_config_name, recipe.train_dir, recipe.validation_dir, recipe.test_dir,
             recipe.image_column_name, recipe.label_column_name, recipe.streaming, recipe.train_val_split, recipe.seed,
         )  # fmt: skip
+
+    source = first_on_each_node(accelerator, open_data)  # one download a node
     set_seed(derived_seed(recipe.seed, "initialisation") % 2**32)
     model, processor, loading_report = build_network(recipe, chosen, source)
     crop = recipe.random_resized_crop_scale
@@ -96,6 +98,9 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
     batch_size, num_samples = recipe.train_batch_size, len(source.splits["train"])
     if batch_size < world_size * (2 if recipe.streaming else 1):
         raise UserError(f"--train_batch_size {batch_size} is too small for {world_size} processes.")
+    if recipe.streaming and world_size > recipe.stream_lanes:
+        lanes = 2 * world_size
+        raise UserError(f"{world_size} processes share {recipe.stream_lanes} lanes: set --stream_lanes {lanes}.")
     total_steps = recipe.max_steps or math.ceil(recipe.num_train_epochs * num_samples / batch_size)
     effects.check_source(recipe, chosen, source, decoder)
 
@@ -170,6 +175,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
         return output_dir / "checkpoints" / f"step-{position.step:06d}"
 
     # --- the steps
+    # one process with two parts sums the gradients of the same images as two processes with one part each
+    num_parts = -(-recipe.gradient_accumulation_steps // world_size)
     default_interval = max(total_steps / EVALUATIONS_PER_RUN, num_samples / batch_size, 1)
     eval_every = _interval(recipe.eval_steps or default_interval, total_steps)
     save_every = _interval(recipe.save_steps, total_steps)
@@ -180,7 +187,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
         batches = iter(data.batches(position.step, total_steps))
         for step in range(position.step, total_steps):
             waiting_since = time.perf_counter()
-            batch = _next_batch(batches).to(device)
+            batch = next(batches).to(device)
             window.waited += time.perf_counter() - waiting_since
 
             rate = learning_rate_at(
@@ -191,9 +198,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
             torch.manual_seed(derived_seed(recipe.seed, "dropout", step, rank))
             images = augment(batch.images, batch_draws(recipe.seed, step, batch_size, batch.positions))
             images = normalise(images, *pixels)
-            parts = list(
-                zip(*(t.chunk(recipe.gradient_accumulation_steps) for t in (images, batch.labels)), strict=True)
-            )
+            parts = [(images[index::num_parts], batch.labels[index::num_parts]) for index in range(num_parts)]
+            parts = [part for part in parts if len(part[0])]
             for index, (part, labels) in enumerate(parts):
                 with accelerator.no_sync(network) if index + 1 < len(parts) else nullcontext():
                     logits = network(pixel_values=part).logits.float()
@@ -212,13 +218,16 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
 
             if position.step % recipe.logging_steps == 0 or position.step == total_steps:
                 row = _training_row(accelerator, window, position.step, batch_size, num_samples, rate, grad_norm)
-                if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                # under fp16 an infinite gradient is the scaler's to skip; NaN and Infinity are no JSON
+                if accelerator.scaler is not None and not math.isfinite(row["grad_norm"]):
+                    row["grad_norm"] = None
+                elif not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                     raise UserError(
                         f"The loss is {row['loss']} and the gradient norm {row['grad_norm']} at step {position.step}, "
                         f"rate {rate:.2e}; earlier checkpoints: {output_dir / 'checkpoints'}. Lower --learning_rate."
                     )
                 metrics.append(row)
-                accelerator.log({k: v for k, v in row.items() if k != "step"}, step=position.step)
+                accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=position.step)
                 progress.show(row)
                 window = Window(torch.zeros(2, device=device))
 
@@ -228,10 +237,9 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
             if "validation" in held and (position.step % eval_every == 0 or last):
                 evaluation = evaluate(network, held["validation"], pixels, accelerator, len(source.class_names))
                 _record_evaluation(evaluation, position, recipe, metrics, accelerator, progress)
-                if recipe.load_best_model_at_end and position.best_step == position.step:
-                    save()
+            is_best = recipe.load_best_model_at_end and position.best_step == position.step
             stopping = _agreed(stop_requested, accelerator, position.step)
-            if position.step % save_every == 0 or last or stopping:
+            if is_best or position.step % save_every == 0 or last or stopping:
                 folder = save()
                 if stopping and not last:
                     progress.close()
@@ -292,14 +300,6 @@ def _announce(accelerator, source: Source, model, loading_report, total_steps, b
 def _interval(steps: float, total_steps: int) -> int:
     """An interval in steps; a number under 1 is a share of all steps."""
     return max(1, round(steps if steps >= 1 else steps * total_steps))
-
-
-def _next_batch(batches: Iterator[Batch]) -> Batch:
-    try:
-        return next(batches)
-    except UserError as error:
-        error.met_alone = True
-        raise
 
 
 def _restored_window(saved: dict[str, Any], rank: int, world_size: int, device: torch.device) -> Window:

@@ -59,6 +59,21 @@ def start_accelerator(trackers: list[str], output_dir: Path, cpu_threads: int | 
     return accelerator
 
 
+def first_on_each_node(accelerator: Accelerator, act: Callable[[], Result]) -> Result:
+    """What `act` gives, done by one process of each node before the others; no process waits for one that failed."""
+    result, wrong = None, None
+    for is_first in (True, False):
+        if accelerator.is_local_main_process is is_first:
+            try:
+                result = act()
+            except UserError as error:
+                wrong = error
+        accelerator.wait_for_everyone()
+    if wrong is not None:
+        raise wrong
+    return result
+
+
 def agree(accelerator: Accelerator, decide: Callable[[], Result]) -> Result:
     """What the main process decides, in every process; a UserError of its is raised in all of them."""
     outcome: list[Any] = [None, None]
@@ -85,7 +100,8 @@ def command(accelerator: Accelerator, recipe: Recipe, chosen: frozenset[str]) ->
     for name in sorted(chosen - {"output_dir", "overwrite_output_dir"}):
         value = getattr(recipe, name)
         words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return shlex.join(words)
+    on_cpus = accelerator.device.type == "cpu" and accelerator.num_processes > 1
+    return ("ACCELERATE_USE_CPU=true " if on_cpus else "") + shlex.join(words)
 
 
 def versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """From a recipe and a source to the network and the image processor that fit the data."""
 
+import contextlib
 from typing import Any
 
 import yaml
@@ -30,8 +31,19 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
             raise UserError(f'--config_overrides takes "field=value,field=value", got {part!r}.')
         if name.strip() not in architecture_fields():
             raise unknown("config field", name.strip(), architecture_fields())
-        values[name.strip()] = yaml.safe_load(value)
+        values[name.strip()] = _parsed(part, value)
     return values
+
+
+def _parsed(part: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--config_overrides: {part.strip()!r} has no value that can be read.") from None
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)  # YAML 1.1 takes 1e-6 for text
+    return value
 
 
 def _split_outside_brackets(text: str) -> list[str]:
@@ -68,8 +80,18 @@ def build_network(
     )
     if image_size is None:
         image_size = ViTScratchConfig.image_size
+    sides = image_size if isinstance(image_size, (list, tuple)) and len(image_size) == 2 else [image_size]
+    if not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UserError(
+            f"--config_overrides image_size takes a number of pixels or [height,width], got {image_size!r}."
+        )
+    if {"image_size"} <= chosen and "image_size" in overrides:
+        raise UserError("--image_size and --config_overrides image_size both say the size: give one of them.")
     height, width = pair(image_size)
-    channels = overrides.get("num_channels", channels)
+    wanted = overrides.get("num_channels", channels)
+    if wanted not in {1, 3, channels}:
+        raise UserError(f"--config_overrides num_channels={wanted}: the images have {channels}; 1 and 3 work.")
+    channels = wanted
     names = {index: name for index, name in enumerate(source.class_names)}
     report = None
     try:
@@ -112,6 +134,8 @@ def build_processor(
             if name in chosen:
                 raise UserError(f"--{name} has {len(values)} values, the images have {num_channels} channel(s).")
             values = None  # the recipe's values are of its own dataset
+        if name == "image_std" and values is not None and min(values) <= 0:
+            raise UserError(f"--image_std must be above 0, got {values}.")
         fields[name] = list(values or [0.5] * num_channels)
     fields["size"] = {"height": size[0], "width": size[1]}
     if photographs:

@@ -4,6 +4,7 @@ A recipe says what is learned from what and how; the machine (processes, devices
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,9 @@ class Recipe:
     num_train_epochs: float | None = flag(None, LENGTH, "passes over the training split", above=0)
     train_batch_size: int = flag(128, LENGTH, "images an optimizer step, over all processes", at_least=1)
     eval_batch_size: int = flag(256, LENGTH, "images an evaluation batch, over all processes", at_least=1)
-    gradient_accumulation_steps: int = flag(1, LENGTH, "parts in which each process computes its share", at_least=1)
+    gradient_accumulation_steps: int = flag(
+        1, LENGTH, "parts in which a batch is computed, over all processes", at_least=1
+    )
 
     # --- optimization
     optim: str = flag("adamw", OPTIMIZATION, "the optimizer", choices=("adamw",))
@@ -151,6 +154,9 @@ def check_range(name: str, value: Any, limits: Any):
         return
     if "choices" in limits and value not in limits["choices"]:
         raise unknown(name, value, limits["choices"])
+    for part in value if isinstance(value, tuple) else (value,):
+        if isinstance(part, float) and not math.isfinite(part):
+            raise UserError(f"--{name} must be finite, got {value}.")
     tests = {
         "at_least": lambda limit: value >= limit,
         "above": lambda limit: value > limit,
@@ -158,15 +164,18 @@ def check_range(name: str, value: Any, limits: Any):
         "below": lambda limit: value < limit,
     }
     for word, holds in tests.items():
-        if word in limits and not holds(limits[word]):  # NaN fails too
+        if word in limits and not holds(limits[word]):
             bounds = " and ".join(f"{w.replace('_', ' ')} {limits[w]}" for w in tests if w in limits)
             raise UserError(f"--{name} must be {bounds}, got {value}.")
 
 
 RECIPES: dict[str, Recipe] = {
     # accelerate launch run_train.py
+    # One process with two parts and two processes with one each take bit-identical steps, where both compute with one
+    # thread; the network is too small for a second one to help.
     "digits": Recipe(
-        recipe="digits", dataset_name="digits", preset="digits", num_train_epochs=120, train_batch_size=64,
+        recipe="digits", dataset_name="digits", preset="digits", num_train_epochs=100, train_batch_size=64,
+        gradient_accumulation_steps=2, cpu_threads=1,
         learning_rate=4e-3, warmup_steps=0.1, label_smoothing_factor=0.1, rotation_degrees=10, translate_pixels=1.0,
         scale_range=0.1, train_val_split=0.1,
     ),

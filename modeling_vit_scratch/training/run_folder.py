@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .checkpointing import newest_whole
+from .checkpointing import checkpoints, newest_whole
 from .recipes import MAY_CHANGE_ON_RESUME, Recipe
 
 OURS = ("recipe.json", "metrics.jsonl", "results.json", "report.html", "plots", "tensorboard", "checkpoints", "model")
@@ -28,16 +28,28 @@ def open_run(folder: Path, recipe: Recipe, facts: dict[str, Any]) -> RunState:
     facts: what must be the same on resume but is no field of the recipe (precision), and what is recorded beside it.
     Raises UserError for a folder that holds something else, or a run of another recipe, naming the fields that differ.
     """
+    try:
+        return _open_run(folder, recipe, facts)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{folder}/recipe.json is damaged ({error}); start afresh with --overwrite_output_dir."
+        ) from error
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be used: {error}.") from error
+
+
+def _open_run(folder: Path, recipe: Recipe, facts: dict[str, Any]) -> RunState:
     record = folder / "recipe.json"
-    if recipe.overwrite_output_dir:
+    if recipe.overwrite_output_dir and record.exists():
         for name in OURS:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if record.exists():
+    begun = (folder / "metrics.jsonl").exists() or checkpoints(folder / "checkpoints")
+    if record.exists() and begun:  # a run that stopped before its first step is nobody's yet
         _refuse_another_recipe(folder, json.loads(record.read_text(encoding="utf-8")), recipe, facts)
         if (folder / "results.json").exists():
             return RunState(results=json.loads((folder / "results.json").read_text(encoding="utf-8")))
-    elif folder.exists() and any(folder.iterdir()):
+    elif not record.exists() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"--output_dir {folder} holds files but no run; choose a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(record, {**recipe.to_dict(), **facts})
