@@ -250,6 +250,7 @@ def _open_table(
         if local:
             raise UserError(f"{dataset_name}: webdataset shards are streamed from a local folder only, not {local[0]}.")
         examples = {ours: TarExamples(files[split]) for ours, split in used.items()}
+        columns = ("image", "label")
         features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     elif streaming:
         if kind != "parquet":
@@ -267,11 +268,7 @@ def _open_table(
         examples = {
             ours: TableExamples(table, *columns, f"{Path(dataset_name).name} {ours}") for ours, table in tables.items()
         }
-    if kind != "webdataset":
-        label_column = columns[1]
-    else:
-        label_column = "label" if streaming else columns[1]
-    class_names, label_ids = _classes(features[label_column], examples["train"])
+    class_names, label_ids = _classes(features[columns[1]], examples["train"])
     splits = {ours: Split(found) for ours, found in examples.items()}
     repository = None if os.path.isdir(location) else location
     return Source(str(dataset_name), splits, class_names, label_ids, streaming, repository=repository)

@@ -35,6 +35,7 @@ from .checkpointing import (
     optimizer_tensors,
     prune,
     save_checkpoint,
+    step_folder,
 )
 from .evaluation import Evaluation, evaluate
 from .machine import agree, command, commit, first_on_each_node, hardware, start_accelerator, versions
@@ -172,7 +173,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
             save_checkpoint(output_dir / "checkpoints", position.step, model.state_dict(), moments, state)
             prune(output_dir / "checkpoints", recipe.save_total_limit, position.best_step)
         accelerator.wait_for_everyone()
-        return output_dir / "checkpoints" / f"step-{position.step:06d}"
+        return output_dir / "checkpoints" / step_folder(position.step)
 
     # --- the steps
     # one process with two parts sums the gradients of the same images as two processes with one part each
@@ -251,7 +252,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
     # --- final scores, once, of the weights that are published
     weights = "last"
     if recipe.load_best_model_at_end and position.best_step is not None:
-        best, _, _ = load_checkpoint(output_dir / "checkpoints" / f"step-{position.best_step:06d}")
+        best, _, _ = load_checkpoint(output_dir / "checkpoints" / step_folder(position.best_step))
         model.load_state_dict(best)
         weights = f"best at step {position.best_step}"
     finals = {
@@ -290,10 +291,10 @@ def _announce(accelerator, source: Source, model, loading_report, total_steps, b
     accelerator.print(f"{source.name}: {sizes} images of {len(source.class_names)} classes, {how}{decoding}")
     if loading_report is not None:
         accelerator.print(str(loading_report))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     epochs = total_steps * batch_size / len(source.splits["train"])
     accelerator.print(
-        f"{parameters:,} parameters, {total_steps:,} steps of {batch_size} images: {epochs:.4g} epochs", flush=True
+        f"{model.num_parameters():,} parameters, {total_steps:,} steps of {batch_size} images: {epochs:.4g} epochs",
+        flush=True,
     )
 
 
@@ -388,7 +389,7 @@ def _results(
         "images_per_second": round(position.step * recipe.train_batch_size / max(position.train_seconds, 1e-9), 1),
         "weights": weights,
         "best_step": position.best_step,
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_parameters": model.num_parameters(),
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "hardware": hardware(accelerator),

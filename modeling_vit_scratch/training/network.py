@@ -85,7 +85,7 @@ def build_network(
         raise UserError(
             f"--config_overrides image_size takes a number of pixels or [height,width], got {image_size!r}."
         )
-    if {"image_size"} <= chosen and "image_size" in overrides:
+    if "image_size" in chosen and "image_size" in overrides:
         raise UserError("--image_size and --config_overrides image_size both say the size: give one of them.")
     height, width = pair(image_size)
     wanted = overrides.get("num_channels", channels)
