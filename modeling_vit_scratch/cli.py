@@ -1,12 +1,18 @@
 """The console command `vit-scratch`, for those who installed the package from a wheel."""
 
+import importlib
 import sys
 
 from . import __version__
 from .errors import unknown
-from .training.flags import main as train
 
-COMMANDS = {"train": (train, "trains, scores and saves a network: what run_train.py does")}
+# command -> (module and function, imported when it is asked for; what it does)
+COMMANDS = {
+    "train": ("training.flags:main", "trains, scores and saves a network: what run_train.py does"),
+    "sweep": ("training.sweep:main", "trains every combination of a grid of flags and compares them by validation"),
+    "show-augmentation": ("training.showing:show_augmentation", "draws a grid of augmented images"),
+    "show-parameters": ("training.showing:show_parameters", "prints every parameter with its rate and decay"),
+}
 
 USAGE = "\n".join(
     [
@@ -14,7 +20,9 @@ USAGE = "\n".join(
         "",
         "usage: vit-scratch COMMAND [flags]",
         "",
-        *(f"  {name:<8} {text}; `vit-scratch {name} --help` lists its flags" for name, (_, text) in COMMANDS.items()),
+        *(f"  {name:<18} {text}" for name, (_, text) in COMMANDS.items()),
+        "",
+        "`vit-scratch COMMAND --help` lists its flags.",
     ]
 )
 
@@ -31,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"error: {unknown('command', arguments[0], COMMANDS)}", file=sys.stderr)
         return 2
-    return COMMANDS[arguments[0]][0](arguments[1:])
+    module, _, function = COMMANDS[arguments[0]][0].partition(":")
+    return getattr(importlib.import_module(f".{module}", __package__), function)(arguments[1:])
 
 
 if __name__ == "__main__":

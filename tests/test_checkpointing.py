@@ -27,9 +27,13 @@ def save(folder, step):
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    model, optimizer, state = load_checkpoint(save(tmp_path, 7))
-    assert all(torch.equal(model[name], tensor) for name, tensor in TENSORS.items())
-    assert optimizer["weight/step"] == 7 and state == {"step": 7, "position": {"step": 7}}
+    saved = load_checkpoint(save(tmp_path, 7))
+    assert all(torch.equal(saved.model[name], tensor) for name, tensor in TENSORS.items())
+    assert saved.optimizer["weight/step"] == 7 and saved.state == {"step": 7, "position": {"step": 7}}
+    assert saved.averaged is None
+    averages = {name: tensor + 1 for name, tensor in TENSORS.items()}
+    saved = load_checkpoint(save_checkpoint(tmp_path, 8, TENSORS, {}, {}, averages))
+    assert all(torch.equal(saved.averaged[name], tensor) for name, tensor in averages.items())
 
 
 def test_nothing_is_pickled(tmp_path):

@@ -12,15 +12,24 @@ def test_train_is_run_train(tmp_path, capsys):
 
 def test_an_unknown_command_lists_the_known(capsys):
     assert cli.main(["trian"]) == 2
-    assert capsys.readouterr().err == "error: No command 'trian'. Did you mean 'train'? Known: train.\n"
+    known = ", ".join(sorted(cli.COMMANDS))
+    assert capsys.readouterr().err == f"error: No command 'trian'. Did you mean 'train'? Known: {known}.\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
 def test_help_names_the_commands(arguments, capsys):
     assert cli.main(arguments) == 0
-    assert all(f"  {name} " in capsys.readouterr().out for name in cli.COMMANDS)
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in cli.COMMANDS)
 
 
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == __version__
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0 and "--" in capsys.readouterr().out

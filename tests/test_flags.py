@@ -65,8 +65,12 @@ def test_the_command_line_wins_over_a_file_and_the_file_over_the_recipe(tmp_path
         (["--train_batch_size", "0"], "--train_batch_size must be at least 1, got 0"),
         (["--label_smoothing_factor", "1"], "--label_smoothing_factor must be at least 0 and below 1, got 1.0"),
         (["--streaming", "maybe"], "--streaming takes true or false, got 'maybe'"),
-        (["--optim", "adam"], "No optim 'adam'. Did you mean 'adamw'?"),
-        (["--max_steps", "5", "--num_train_epochs", "1"], "both say how long to train"),
+        (["--optim", "adamx"], "No optim 'adamx'. Did you mean 'adam'?"),
+        (
+            ["--max_steps", "5", "--num_train_epochs", "1"],
+            "--max_steps and --num_train_epochs (the command line) each say",
+        ),
+        (["--max_steps", "5", "--time_budget", "3m"], "--max_steps and --time_budget (the command line) each say"),
         (["--per_device_train_batch_size", "8"], "use --train_batch_size"),
         (["--per_device_train_batch_size=8"], "use --train_batch_size"),
         (["--fp16"], "accelerate launch --mixed_precision fp16"),
@@ -86,7 +90,7 @@ def test_wrong_flags_are_one_line_and_exit_code_2(arguments, message, capsys):
         ("learnin_rate: 1", "No flag in "),
         ("- 1", "must hold flags and their values"),
         ("a: [", "is not valid YAML or JSON"),
-        ("max_steps: 3\nnum_train_epochs: 1", "keep one of them"),
+        ("max_steps: 3\nnum_train_epochs: 1", "give one of them"),
         ("per_device_train_batch_size: 4", "use --train_batch_size"),
     ],
 )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from modeling_vit_scratch.data.order import (
+    BalancedOrder,
     ResidentOrder,
     StreamOrder,
     derived_seed,
@@ -103,3 +104,16 @@ def test_hash_holdout_takes_its_share_and_differs_between_shards():
     assert (masks[0] & masks[1]).sum() < 1500
     assert not hash_holdout(0, 0, 1000, 0.0).any() and hash_holdout(0, 0, 1000, 1.0).all()
     assert np.array_equal(hash_holdout(7, 0, 50, 0.1), masks[0][:50])
+
+
+def test_a_balanced_epoch_shows_every_class_equally_often_and_its_images_evenly():
+    labels = np.repeat([0, 1, 3], [70, 8, 22])  # class 2 has no image
+    order = BalancedOrder(labels, seed=5)
+    for epoch in range(2):
+        _, samples = order.batch(epoch, 100)
+        shares = np.bincount(labels[samples], minlength=4)
+        assert sorted(shares.tolist()) == [0, 33, 33, 34]
+        times = np.bincount(samples, minlength=100)
+        assert times[:70].max() == 1 and set(times[70:78]) == {4, 5} and set(times[78:]) <= {1, 2}
+    assert not np.array_equal(order.batch(0, 100)[1], order.batch(1, 100)[1])
+    assert np.array_equal(pickle.loads(pickle.dumps(order)).batch(1, 100)[1], order.batch(1, 100)[1])

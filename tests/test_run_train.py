@@ -143,8 +143,11 @@ def test_accumulated_parts_take_the_steps_of_one_batch(tmp_path):
 
 def test_two_processes_take_the_steps_and_count_the_scores_of_one(parquet_repo, tmp_path):
     root = parquet_repo(train=[50, 31], test=[20, 17])  # 37 test images: 2 does not divide them
-    arguments = ["--dataset_name", root, "--recipe", "cifar10", "--max_steps", 20, "--train_batch_size", 15,
-                 "--logging_steps", 5, "--streaming", "true", "--stream_lanes", 6, "--stream_window", 8]  # fmt: skip
+    # epochs end inside batches: there partners of mixed images lie on the other rank, elsewhere on the same
+    arguments = ["--dataset_name", root, "--recipe", "cifar10", "--max_steps", 20, "--train_batch_size", 32,
+                 "--logging_steps", 5, "--streaming", "true", "--stream_lanes", 6, "--stream_window", 8,
+                 "--auto_augment", "randaugment", "--random_erasing_prob", 0.3, "--mixup_alpha", 0.8,
+                 "--cutmix_alpha", 1.0, "--ema_decay", 0.8]  # fmt: skip
     one = run(tmp_path / "one", *arguments)
     done = launch(2, *arguments, "--output_dir", tmp_path / "two", "--report_to", "none", "--config_overrides", TINY)
     assert done.returncode == 0, done.stdout + done.stderr

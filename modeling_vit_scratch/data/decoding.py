@@ -41,9 +41,14 @@ def open_image(example: Example) -> Image.Image:
 
 
 def random_resized_crop(
-    image: Image.Image, size: tuple[int, int], scale: Sequence[float], resample: int, rng: random.Random
+    image: Image.Image,
+    size: tuple[int, int],
+    scale: Sequence[float],
+    resample: int,
+    rng: random.Random,
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
 ) -> Image.Image:
-    """A crop of `scale` (least, most) of the area and a shape within 3/4 to 4/3, resized to (height, width).
+    """A crop of `scale` (least, most) of the area and of a width / height within `ratio`, resized to (height, width).
 
     Inception's crop, drawn as torchvision's RandomResizedCrop draws it; PIL crops and resizes in one pass.
     """
@@ -51,14 +56,14 @@ def random_resized_crop(
     area = width * height
     for _ in range(10):
         target = area * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        crop_width, crop_height = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        crop_width, crop_height = round(math.sqrt(target * shape)), round(math.sqrt(target / shape))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             left, top = rng.randint(0, width - crop_width), rng.randint(0, height - crop_height)
             break
     else:  # a central crop whose shape is as close to the allowed ones as the image admits
-        ratio = min(max(width / height, 3 / 4), 4 / 3)
-        crop_width, crop_height = min(width, round(height * ratio)), min(height, round(width / ratio))
+        shape = min(max(width / height, ratio[0]), ratio[1])
+        crop_width, crop_height = min(width, round(height * shape)), min(height, round(width / shape))
         left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return image.resize(size[::-1], resample, box=(left, top, left + crop_width, top + crop_height))
 
@@ -70,15 +75,22 @@ class Decoder:
     `crop_scale` is given, drawn from (seed, epoch, sample) alone.
     """
 
-    def __init__(self, processor: Processor, seed: int = 0, crop_scale: Sequence[float] | None = None):
-        self.processor, self.seed, self.crop_scale = processor, seed, crop_scale
+    def __init__(
+        self,
+        processor: Processor,
+        seed: int = 0,
+        crop_scale: Sequence[float] | None = None,
+        crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
+    ):
+        self.processor, self.seed, self.crop_scale, self.crop_ratio = processor, seed, crop_scale, crop_ratio
         self.size = output_size(processor)
 
     def __call__(self, example: Example, epoch: int = 0, sample: int = 0) -> torch.Tensor:
         image = pil_to_channels(open_image(example), self.processor.num_channels)
         if self.crop_scale is not None:
             rng = random.Random(derived_seed(self.seed, "crop", epoch, sample))
-            image = random_resized_crop(image, self.size, self.crop_scale, int(self.processor.resample), rng)
+            resample = int(self.processor.resample)
+            image = random_resized_crop(image, self.size, self.crop_scale, resample, rng, self.crop_ratio)
         elif image.size[::-1] != self.size or self.processor.do_center_crop:
             pixels = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
             return pixels[0].to(torch.uint8)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from ..errors import UserError
 from .decoding import Decoder
 from .examples import Example
-from .order import ResidentOrder, StreamOrder
+from .order import BalancedOrder, ResidentOrder, StreamOrder
 from .sources import Source, Split
 
 RESIDENT_BYTES = 2 * 1024**3  # sets that decode to no more than this are decoded once and kept
@@ -27,7 +27,7 @@ class Batch:
     """What one rank computes of a step's global batch.
 
     images uint8 (B, C, H, W); labels int64 (B,); positions int64 (B,): where each stands in the global batch, or, in
-    evaluation, in the split.
+    evaluation, in the split. Positions stay on the CPU, where the draws are made.
     """
 
     images: torch.Tensor
@@ -35,10 +35,11 @@ class Batch:
     positions: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels, self.positions)))
+        moved = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
+        return Batch(*moved, self.positions)
 
     def pin_memory(self) -> "Batch":
-        return Batch(*(tensor.pin_memory() for tensor in (self.images, self.labels, self.positions)))
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.positions)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,13 +66,13 @@ class ResidentImages:
 
     def gather(self, samples: np.ndarray, positions: np.ndarray) -> Batch:
         index = torch.from_numpy(samples).to(self.images.device)
-        return Batch(self.images[index], self.labels[index], torch.from_numpy(positions).to(index.device))
+        return Batch(self.images[index], self.labels[index], torch.from_numpy(positions))
 
 
 # ---------------------------------------------------------------- what a worker does
 
 
-class _RowReader:
+class RowReader:
     """Reads and decodes single rows of a split, by their number over all its shards."""
 
     def __init__(self, source: Source, split: Split, decoder: Decoder):
@@ -103,7 +104,7 @@ def collate(source: Source, examples: list[Example], images: list[torch.Tensor],
 class _StepDataset(Dataset):
     """Training steps of a set that is read at random: item `step` is this rank's part of that step's batch."""
 
-    def __init__(self, reader: _RowReader, order: ResidentOrder, batch_size: int, rank: int, world_size: int):
+    def __init__(self, reader: RowReader, order: ResidentOrder, batch_size: int, rank: int, world_size: int):
         self.reader, self.order, self.batch_size = reader, order, batch_size
         self.positions = order.local_positions(batch_size, rank, world_size)
 
@@ -118,7 +119,7 @@ class _StepDataset(Dataset):
 class _ChunkDataset(Dataset):
     """Evaluation: item i is this rank's part of the samples [i * batch_size, (i + 1) * batch_size)."""
 
-    def __init__(self, reader: _RowReader, batch_size: int, rank: int, world_size: int):
+    def __init__(self, reader: RowReader, batch_size: int, rank: int, world_size: int):
         self.reader, self.batch_size, self.rank, self.world_size = reader, batch_size, rank, world_size
 
     def __getitem__(self, index: int) -> Batch | UserError | None:
@@ -140,7 +141,7 @@ class _StreamDataset(IterableDataset):
 
     def __init__(
         self,
-        reader: _RowReader,
+        reader: RowReader,
         order: StreamOrder,
         batch_size: int,
         steps: range,
@@ -204,15 +205,18 @@ class TrainingData:
         num_lanes: int = 24,
         window: int = 256,
         num_threads: int = 1,
+        is_balanced: bool = False,
     ):
         self.source, self.split = source, source.splits["train"]
         self.batch_size, self.rank, self.world_size, self.num_workers = batch_size, rank, world_size, num_workers
-        self.reader = _RowReader(source, self.split, decoder)
+        self.reader = RowReader(source, self.split, decoder)
         self.resident: ResidentImages | None = None
         if source.streaming:
             self.order = StreamOrder(self.split.shard_sizes, seed, num_lanes, window)
         else:
             self.order = ResidentOrder(len(self.split), seed)
+            if is_balanced:
+                self.order = BalancedOrder(source.label_ids_of("train"), seed)
             if is_resident(source, self.split, decoder):
                 self.resident = ResidentImages(*decode_all(source, self.split, decoder, num_threads), device)
 
@@ -230,6 +234,15 @@ class TrainingData:
         else:
             shared = (self.order, self.batch_size, steps, self.rank, self.world_size)
             yield from self._merge(_StreamDataset(self.reader, *shared))
+
+    def is_interleaved(self, step: int) -> bool:
+        """Whether every rank holds each `world_size`-th position of the step's batch, which a stream's lanes, shared
+        evenly, give but where an epoch ends inside it; all ranks agree."""
+        if isinstance(self.order, ResidentOrder):
+            return True
+        first, last = step * self.batch_size, (step + 1) * self.batch_size - 1
+        num_samples = self.order.num_samples
+        return self.order.num_lanes % self.world_size == 0 and first // num_samples == last // num_samples
 
     def _merge(self, dataset: _StreamDataset) -> Iterator[Batch]:
         """Puts the workers' parts of each step together, in the order of their positions."""
@@ -270,7 +283,7 @@ class EvaluationData:
     ):
         self.split, self.batch_size, self.num_workers = split, batch_size, num_workers
         self.rank, self.world_size = rank, world_size
-        self.reader = _RowReader(source, split, decoder)
+        self.reader = RowReader(source, split, decoder)
         self.resident: ResidentImages | None = None
         if is_resident(source, split, decoder):
             self.resident = ResidentImages(*decode_all(source, split, decoder, num_threads), device)

@@ -80,6 +80,32 @@ class ResidentOrder:
         return np.arange(rank, batch_size, world_size)
 
 
+class BalancedOrder(ResidentOrder):
+    """The order of a set in memory in which every class comes equally often, its images as evenly as that allows.
+
+    An epoch has as many positions as there are samples, N / K for each of the K classes that are there. A class fills
+    its share from fresh permutations of its own samples: a small class repeats them, a large one leaves some out until
+    another epoch. labels: the class of each sample (N,).
+    """
+
+    def __init__(self, labels: np.ndarray, seed: int):
+        super().__init__(len(labels), seed)
+        self.labels = np.asarray(labels)
+
+    def _permute(self, epoch: int) -> np.ndarray:
+        rng = derived_rng(self.seed, "balanced order", epoch)
+        classes = rng.permutation(np.unique(self.labels))  # the first ones get what does not divide
+        drawn = []
+        for index, label in enumerate(classes):
+            own = np.flatnonzero(self.labels == label)
+            count = self.num_samples // len(classes) + int(index < self.num_samples % len(classes))
+            drawn.append(np.concatenate([rng.permutation(own) for _ in range(-(-count // len(own)))])[:count])
+        return rng.permutation(np.concatenate(drawn))
+
+    def __getstate__(self):
+        return {"labels": self.labels, "seed": self.seed}
+
+
 # ---------------------------------------------------------------- streams
 
 

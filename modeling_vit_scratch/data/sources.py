@@ -110,6 +110,16 @@ class Source:
             f"({', '.join(self.class_names[:5])}{', ...' if len(self.class_names) > 5 else ''})."
         )
 
+    def label_ids_of(self, split_name: str) -> np.ndarray:
+        """The class id of every sample of a split (N,), in the split's own order; reads labels, decodes nothing."""
+        split = self.splits[split_name]
+        ids = np.array(
+            [self.label_id(label, f"{self.name} row {row}") for row, label in enumerate(split.examples.labels())]
+        )
+        starts = np.cumsum([0, *split.examples.shard_sizes])
+        rows = [starts[shard] + split.rows(shard) for shard in range(len(split.shard_sizes))]
+        return ids[np.concatenate(rows)]
+
 
 def open_source(
     dataset_name: str | None = None,
@@ -147,8 +157,7 @@ def _hold_out(source: Source, rate: float, seed: int):
         sizes = list(examples.shard_sizes)
         masks = {name: _HashMask(sizes, rate, seed, inverted=name == "train") for name in ("train", "validation")}
     else:
-        ids = [source.label_id(label, f"{source.name} row {row}") for row, label in enumerate(examples.labels())]
-        held_out = stratified_holdout(np.array(ids), rate, seed)
+        held_out = stratified_holdout(source.label_ids_of("train"), rate, seed)
         masks = {"train": _FixedMask(~held_out), "validation": _FixedMask(held_out)}
     splits = {name: Split(examples, mask) for name, mask in masks.items()}
     if len(splits["validation"]) == 0:

@@ -1,13 +1,15 @@
 """The training state on disk: whole or not there, verified before it is trusted, resumed exactly.
 
-checkpoints/step-000500/ holds model.safetensors, optimizer.safetensors, state.json (the step and what else the loop
-keeps) and MANIFEST.json with the size and SHA-256 of each. Tensors are safetensors, the rest JSON: nothing is pickled.
+checkpoints/step-000500/ holds model.safetensors, optimizer.safetensors, averaged.safetensors where weights are
+averaged, state.json (the step and what else the loop keeps) and MANIFEST.json with the size and SHA-256 of each.
+Tensors are safetensors, the rest JSON: nothing is pickled.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ def save_checkpoint(
     model_tensors: dict[str, torch.Tensor],
     optimizer_state: dict[str, torch.Tensor],
     state: dict[str, Any],
+    averaged_tensors: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """The path of a new checkpoint of this step: written beside, synced, then renamed into place in one act."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +57,10 @@ def save_checkpoint(
     partial = folder / f"{PARTIAL}{step_folder(step)}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    save_file({name: t.detach().cpu().contiguous() for name, t in model_tensors.items()}, partial / "model.safetensors")
+    for file, tensors in {"model": model_tensors, "averaged": averaged_tensors}.items():
+        if tensors is not None:
+            on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(on_cpu, partial / f"{file}.safetensors")
     save_file(optimizer_state, partial / "optimizer.safetensors")
     (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
     files = sorted(partial.iterdir())
@@ -126,11 +132,25 @@ def newest_whole(folder: Path, say: Any = print) -> Path | None:
     return None
 
 
-def load_checkpoint(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
-    """(model tensors, optimizer tensors, state) of a verified checkpoint."""
-    model = load_file(checkpoint / "model.safetensors")
-    optimizer = load_file(checkpoint / "optimizer.safetensors")
-    return model, optimizer, json.loads((checkpoint / "state.json").read_text())
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds."""
+
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    averaged: dict[str, torch.Tensor] | None
+    state: dict[str, Any]
+
+
+def load_checkpoint(checkpoint: Path) -> Checkpoint:
+    """The contents of a verified checkpoint."""
+    averaged = checkpoint / "averaged.safetensors"
+    return Checkpoint(
+        load_file(checkpoint / "model.safetensors"),
+        load_file(checkpoint / "optimizer.safetensors"),
+        load_file(averaged) if averaged.exists() else None,
+        json.loads((checkpoint / "state.json").read_text()),
+    )
 
 
 def prune(folder: Path, keep_last: int, best_step: int | None):

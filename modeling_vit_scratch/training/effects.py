@@ -7,6 +7,7 @@ from ..data.loading import is_resident
 from ..data.sources import Source
 from ..errors import UserError
 from .recipes import Recipe
+from .time_budget import seconds_of
 
 # flag -> (it has no effect on this recipe, because ...)
 IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
@@ -22,7 +23,43 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
     "stream_window": (lambda r: not r.streaming, "it goes with --streaming true"),
     "preset": (lambda r: r.model_name_or_path is not None, "the checkpoint decides the network"),
     "config_overrides": (lambda r: r.model_name_or_path is not None, "the checkpoint decides the network"),
-    "metric_for_best_model": (lambda r: not r.load_best_model_at_end, "it goes with --load_best_model_at_end"),
+    "metric_for_best_model": (
+        lambda r: not r.load_best_model_at_end and r.early_stopping_patience is None,
+        "it goes with --load_best_model_at_end or --early_stopping_patience",
+    ),
+    "balanced_sampler": (
+        lambda r: r.balanced_sampler and r.streaming,
+        "a stream is read in the order of its shards; --class_weights balanced works there",
+    ),
+    **dict.fromkeys(
+        ("adam_beta1", "adam_beta2", "adam_epsilon"), (lambda r: r.optim == "sgd", "SGD has neither betas nor epsilon")
+    ),
+    "momentum": (lambda r: r.optim not in ("sgd", "muon"), "it goes with --optim sgd or muon"),
+    **dict.fromkeys(
+        ("lr_milestones", "lr_gamma"),
+        (lambda r: r.lr_scheduler_type != "multi_step", "it goes with --lr_scheduler_type multi_step"),
+    ),
+    "lr_decay_steps": (
+        lambda r: r.lr_scheduler_type != "warmup_stable_decay",
+        "it goes with --lr_scheduler_type warmup_stable_decay",
+    ),
+    "min_lr_rate": (lambda r: r.lr_scheduler_type == "constant", "a constant rate never falls"),
+    "random_resized_crop_ratio": (
+        lambda r: r.random_resized_crop_scale is None,
+        "it goes with --random_resized_crop_scale",
+    ),
+    **dict.fromkeys(
+        ("randaugment_num_ops", "randaugment_magnitude"),
+        (lambda r: r.auto_augment != "randaugment", "it goes with --auto_augment randaugment"),
+    ),
+    **dict.fromkeys(
+        ("mixup_prob", "mixup_off_step"),
+        (lambda r: r.mixup_alpha == 0 == r.cutmix_alpha, "it goes with --mixup_alpha or --cutmix_alpha"),
+    ),
+    "mixup_switch_prob": (
+        lambda r: r.mixup_alpha == 0 or r.cutmix_alpha == 0,
+        "it goes with --mixup_alpha and --cutmix_alpha together",
+    ),
 }
 
 # the same, for what only the data tells
@@ -31,6 +68,7 @@ IDLE_ON_SOURCE: dict[str, tuple[Callable[[Source, Decoder], bool], str]] = {
         lambda s, d: not s.held_out,
         "the dataset has a validation split of its own, or too few images of each class to hold one out",
     ),
+    "early_stopping_patience": (lambda s, d: "validation" not in s.splits, "there is no validation split"),
     "eval_steps": (lambda s, d: "validation" not in s.splits, "there is no validation split"),
     "load_best_model_at_end": (lambda s, d: "validation" not in s.splits, "there is no validation split"),
     "eval_batch_size": (lambda s, d: len(s.splits) == 1, "there is no validation or test split"),
@@ -54,8 +92,15 @@ def check_recipe(recipe: Recipe, chosen: frozenset[str]):
             raise UserError(f"--{name} has no effect here: {reason}.")
     if recipe.dataset_name is None and recipe.train_dir is None:
         raise UserError(f"--recipe {recipe.recipe} needs images: give --train_dir FOLDER or --dataset_name.")
-    if recipe.max_steps is None and recipe.num_train_epochs is None:
-        raise UserError("Say how long to train: --max_steps or --num_train_epochs.")
+    if recipe.max_steps is None and recipe.num_train_epochs is None and recipe.time_budget is None:
+        raise UserError("Say how long to train: --max_steps, --num_train_epochs or --time_budget.")
+    if recipe.time_budget is not None:
+        seconds_of(recipe.time_budget)
+    ratio = recipe.random_resized_crop_ratio
+    if len(ratio) != 2 or ratio[0] > ratio[1]:
+        raise UserError(
+            f"--random_resized_crop_ratio takes the least and the greatest, such as 0.75,1.33, got {ratio}."
+        )
 
 
 def check_source(recipe: Recipe, chosen: frozenset[str], source: Source, decoder: Decoder):

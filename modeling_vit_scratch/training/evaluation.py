@@ -32,19 +32,24 @@ def evaluate(
     normalisation: tuple[torch.Tensor, torch.Tensor],
     accelerator: Accelerator,
     num_labels: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
-    """The model's scores on a split: loss (mean cross-entropy), accuracy, f1_macro, accuracy_top5."""
+    """The model's scores on a split: loss (mean cross-entropy), accuracy, f1_macro, accuracy_top5.
+
+    dtype: of pixels and logits, that of the weights.
+    """
     was_training = model.training
     model.eval()
     width = min(5, num_labels)
     device = accelerator.device
     samples = [torch.empty(0, dtype=torch.int64, device=device)]
     rankings = [torch.empty(0, width, dtype=torch.int64, device=device)]
-    references, losses = [samples[0]], [torch.empty(0, dtype=torch.float32, device=device)]
+    references, losses = [samples[0]], [torch.empty(0, dtype=dtype, device=device)]
     for batch in data.batches():
         batch = batch.to(device)
-        logits = model(pixel_values=normalise(batch.images, *normalisation)).logits.float()
-        samples.append(batch.positions)
+        with accelerator.autocast():  # averaged weights are a network of their own, which accelerate did not wrap
+            logits = model(pixel_values=normalise(batch.images, *normalisation, dtype)).logits.to(dtype)
+        samples.append(batch.positions.to(device, non_blocking=True))
         rankings.append(logits.topk(width, dim=1).indices)
         references.append(batch.labels)
         losses.append(torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none"))

@@ -6,6 +6,7 @@ import os
 import sys
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +15,7 @@ import yaml
 from ..errors import UserError, unknown
 from .recipes import FIELDS, GROUPS, RECIPES, Recipe
 
-LENGTHS = ("max_steps", "num_train_epochs")
+LENGTHS = ("max_steps", "num_train_epochs", "time_budget")
 REFUSED = {
     "per_device_train_batch_size": "use --train_batch_size: batches are global, each process takes its share",
     "per_device_eval_batch_size": "use --eval_batch_size: batches are global, each process takes its share",
@@ -109,11 +110,10 @@ def parse_arguments(arguments: list[str]) -> tuple[Recipe, frozenset[str]]:
     words = dict(vars(values))
     file = words.pop("config", None)
     written = {**(_read_config(file) if file else {}), **words}
-    if all(name in words for name in LENGTHS):
-        raise UserError("--max_steps and --num_train_epochs both say how long to train: give one of them.")
+    _refuse_several_lengths(words, "the command line")
     written = {name: value for name, value in written.items() if name not in LENGTHS or value is not None}
-    if all(name in written for name in LENGTHS):
-        written.pop(next(name for name in LENGTHS if name not in words), None)  # the command line over the file
+    if any(name in words for name in LENGTHS):  # the command line over the file
+        written = {name: value for name, value in written.items() if name not in LENGTHS or name in words}
     chosen = {name: parse_value(name, value) for name, value in written.items()}
     if "recipe" not in chosen and chosen.get("train_dir") is not None:
         chosen["recipe"] = "folder"
@@ -130,10 +130,15 @@ def combine(recipe: Recipe, chosen: dict[str, Any]) -> Recipe:
         if chosen.get("dataset_name") is not None:
             raise UserError("--train_dir and --dataset_name both name the training images: give one of them.")
         changes["dataset_name"] = None
-    for given, other in (LENGTHS, LENGTHS[::-1]):
-        if chosen.get(given) is not None:
-            changes[other] = None
+    if any(chosen.get(name) is not None for name in LENGTHS):
+        changes |= {name: None for name in LENGTHS if chosen.get(name) is None}
     return recipe.replace(**changes)
+
+
+def _refuse_several_lengths(values: dict[str, Any], where: str):
+    given = [f"--{name}" for name in LENGTHS if values.get(name) is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} ({where}) each say how long to train: give one of them.")
 
 
 def _read_config(file: str) -> dict[str, Any]:
@@ -152,19 +157,24 @@ def _read_config(file: str) -> dict[str, Any]:
             raise UserError(f"--config {file}: {name}: {REFUSED[name]}.")
         if name not in FIELDS:
             raise unknown(f"flag in {file}", name, FIELDS)
-    if all(values.get(name) is not None for name in LENGTHS):
-        raise UserError(f"--config {file} has max_steps and num_train_epochs: keep one of them.")
+    _refuse_several_lengths(values, f"--config {file}")
     return values
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains as the command line says. The exit code: 0 done, 2 something to mend, 3 stopped by a signal and saved."""
-    from .loop import Interrupted, train
+    from .loop import train
 
     arguments = sys.argv[1:] if arguments is None else arguments
+    return exit_code(lambda: train(*parse_arguments(arguments)))
+
+
+def exit_code(act: Callable[[], object]) -> int:
+    """The exit code of a command, its errors said in one line: 0 done, 2 something to mend, 3 stopped by a signal."""
+    from .loop import Interrupted
+
     try:
-        recipe, chosen = parse_arguments(arguments)
-        train(recipe, chosen)
+        act()
     except UserError as error:
         if error.met_alone or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

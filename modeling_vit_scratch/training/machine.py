@@ -4,13 +4,16 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
 
 from ..errors import UserError
@@ -45,7 +48,9 @@ def start_accelerator(trackers: list[str], output_dir: Path, cpu_threads: int | 
     """
     project = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir))
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-    accelerator = Accelerator(log_with=trackers or None, project_config=project, kwargs_handlers=handlers)
+    # TensorBoard would lie in a folder of the project's name, which is what the others get
+    chosen = [TensorBoardTracker(name, str(output_dir)) if name == "tensorboard" else name for name in trackers]
+    accelerator = Accelerator(log_with=chosen or None, project_config=project, kwargs_handlers=handlers)
     check_launch(accelerator.num_processes)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("fp16 needs a GPU; on a CPU use --mixed_precision bf16 or no.")
@@ -57,6 +62,18 @@ def start_accelerator(trackers: list[str], output_dir: Path, cpu_threads: int | 
         f"precision {accelerator.mixed_precision}"
     )
     return accelerator
+
+
+def refuse_precision(accelerator: Accelerator, recipe: Recipe):
+    """Raises UserError for a --dtype or --tf32 that this device or precision does not have; sets TF32."""
+    device = accelerator.device.type
+    if recipe.dtype == "float64" and (accelerator.mixed_precision != "no" or device == "mps"):
+        where = "on Apple's GPUs" if device == "mps" else f"with --mixed_precision {accelerator.mixed_precision}"
+        raise UserError(f"--dtype float64 does not work {where}.")
+    if recipe.tf32 and device != "cuda":
+        raise UserError(f"--tf32 has no effect here: the device is {device}, not CUDA.")
+    if recipe.tf32:
+        torch.set_float32_matmul_precision("high")
 
 
 def first_on_each_node(accelerator: Accelerator, act: Callable[[], Result]) -> Result:
@@ -87,6 +104,48 @@ def agree(accelerator: Accelerator, decide: Callable[[], Result]) -> Result:
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def gather_batch(
+    accelerator: Accelerator, images: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(images, labels, positions) of all ranks together, from each rank's own; positions stay on the CPU."""
+    columns = [images, labels, positions.to(accelerator.device)]
+    # ranks may hold one image more or less: rows of padding have position -1
+    columns = [accelerator.gather(accelerator.pad_across_processes(c, pad_index=-1)) for c in columns]
+    kept = (columns[2] >= 0).nonzero()[:, 0]
+    images, labels, positions = (column[kept] for column in columns)
+    return images, labels, positions.cpu()
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and Ctrl-C add to; a second Ctrl-C is not caught."""
+    received: list[int] = []
+
+    def remember(number: int, _frame: Any):
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        old = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def must_stop(received: list[int], accelerator: Accelerator, step: int) -> bool:
+    """Whether to stop after this step: processes get a signal at different steps and must leave at the same one."""
+    if accelerator.num_processes == 1:
+        return bool(received)
+    if step % 10:
+        return False
+    return bool(accelerator.reduce(torch.tensor(len(received), device=accelerator.device), reduction="sum"))
 
 
 def command(accelerator: Accelerator, recipe: Recipe, chosen: frozenset[str]) -> str:

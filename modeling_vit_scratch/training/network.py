@@ -1,4 +1,4 @@
-"""From a recipe and a source to the network and the image processor that fit the data."""
+"""From a recipe to its images, and to the network, image processor and augmentation that fit them."""
 
 import contextlib
 from typing import Any
@@ -7,8 +7,9 @@ import yaml
 from transformers.utils import is_torchvision_available
 
 from ..configuration_vit_scratch import PRESETS, ViTScratchConfig, architecture_fields, pair
-from ..data.decoding import Processor, probe
-from ..data.sources import Source
+from ..data.augmentation import Augmentation
+from ..data.decoding import Decoder, Processor, probe
+from ..data.sources import Source, open_source
 from ..errors import UserError, unknown
 from ..image_processing_vit_scratch import ViTScratchImageProcessor, ViTScratchImageProcessorPil
 from ..modeling_vit_scratch import ViTScratchForImageClassification
@@ -55,6 +56,14 @@ def _split_outside_brackets(text: str) -> list[str]:
         else:
             parts[-1] += letter
     return [part for part in parts if part.strip()]
+
+
+def source_of(recipe: Recipe) -> Source:
+    """The images that the recipe trains on and is scored with."""
+    return open_source(
+        recipe.dataset_name, recipe.dataset_config_name, recipe.train_dir, recipe.validation_dir, recipe.test_dir,
+        recipe.image_column_name, recipe.label_column_name, recipe.streaming, recipe.train_val_split, recipe.seed,
+    )  # fmt: skip
 
 
 def probe_source(source: Source) -> tuple[tuple[int, int] | None, int]:
@@ -142,3 +151,28 @@ def build_processor(
         fields["size"] = {"shortest_edge": round(max(size) / recipe.crop_pct)}
         fields |= {"do_center_crop": True, "crop_size": {"height": size[0], "width": size[1]}}
     return backend(num_channels=num_channels, **fields)
+
+
+def build_augmentation(recipe: Recipe, processor: Processor) -> tuple[Decoder, Augmentation]:
+    """What is drawn where an image is decoded, and what on the device.
+
+    Photographs are cropped at random while they are decoded, from all their pixels; small images, which are kept whole
+    in memory, on the device.
+    """
+    at_decoding = processor.do_center_crop and recipe.random_resized_crop_scale is not None
+    scale, ratio = recipe.random_resized_crop_scale, recipe.random_resized_crop_ratio
+    decoder = Decoder(processor, recipe.seed, (scale, 1.0) if at_decoding else None, ratio)
+    augmentation = Augmentation(
+        horizontal_flip_prob=recipe.horizontal_flip_prob,
+        crop_padding=recipe.crop_padding,
+        rotation_degrees=recipe.rotation_degrees,
+        translate_pixels=recipe.translate_pixels,
+        scale_range=recipe.scale_range,
+        random_resized_crop_scale=None if at_decoding else scale,
+        random_resized_crop_ratio=ratio,
+        auto_augment=recipe.auto_augment,
+        randaugment_num_ops=recipe.randaugment_num_ops,
+        randaugment_magnitude=recipe.randaugment_magnitude,
+        random_erasing_prob=recipe.random_erasing_prob,
+    )
+    return decoder, augmentation

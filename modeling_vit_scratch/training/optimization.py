@@ -1,67 +1,189 @@
-"""Parameter groups, optimizers, and learning rates as functions of the optimizer step."""
+"""Parameter groups and optimizers. Learning rates are in schedules.py."""
 
-import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
+from .recipes import Recipe
+from .schedules import num_warmup_steps
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Names and parameters that share a weight decay."""
+    """Names and parameters that share a weight decay, a share of the learning rate and, for Muon, a kind."""
 
     names: list[str]
     parameters: list[torch.nn.Parameter]
     weight_decay: float
+    rate_scale: float = 1.0  # of the run's learning rate
+    is_hidden_matrix: bool = False  # told apart only where parameter_groups was asked to split them
 
 
-def parameter_groups(model: ViTScratchPreTrainedModel, weight_decay: float) -> list[ParameterGroup]:
-    """Two groups: matrices, which decay, and norms, biases, LayerScale, tokens and positions, which do not.
+def parameter_groups(
+    model: ViTScratchPreTrainedModel, weight_decay: float, layer_decay: float = 1.0, split_hidden: bool = False
+) -> list[ParameterGroup]:
+    """Groups of the trainable parameters, each of which stands in exactly one: matrices, which decay, then norms,
+    biases, LayerScale, tokens and positions, which do not (article 1 leaves its tokens and positions out of both).
 
-    Every trainable parameter stands in exactly one of them (article 1 leaves its tokens and positions out of both).
+    layer_decay: with L layers the rate of layer i (from 0) is layer_decay ** (L - i) of the highest, that of the
+    embeddings layer_decay ** (L + 1); groups then go from the embeddings up. This is BEiT's rule (2106.08254), which
+    gives the final norm the classifier's rate; timm gives it the last layer's.
+    split_hidden: the matrices inside the layers (q, k, v, o, fc1, fc2) form groups of their own, before the others.
     """
     without = model.no_weight_decay()
-    decayed: list[tuple[str, torch.nn.Parameter]] = []
-    kept: list[tuple[str, torch.nn.Parameter]] = []
+    top = model.config.num_hidden_layers + 1
+    rows: dict[tuple[int, bool, bool], list[tuple[str, torch.nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (kept if parameter.ndim < 2 or name in without else decayed).append((name, parameter))
-    groups = ((decayed, weight_decay), (kept, 0.0))
-    return [ParameterGroup([n for n, _ in rows], [p for _, p in rows], rate) for rows, rate in groups if rows]
+            decays = parameter.ndim >= 2 and name not in without
+            is_hidden = split_hidden and decays and parameter.ndim == 2 and 0 < _depth(name, top) < top
+            depth = top if layer_decay == 1 else _depth(name, top)
+            rows.setdefault((depth, not decays, not is_hidden), []).append((name, parameter))
+    return [
+        ParameterGroup(
+            names=[name for name, _ in members],
+            parameters=[parameter for _, parameter in members],
+            weight_decay=0.0 if is_kept else weight_decay,
+            rate_scale=layer_decay ** (top - depth),
+            is_hidden_matrix=not is_other,
+        )
+        for (depth, is_kept, is_other), members in sorted(rows.items(), key=lambda item: item[0])
+    ]
 
 
-def build_adamw(groups: Iterable[ParameterGroup], recipe: Any) -> torch.optim.Optimizer:
-    settings = [{"params": group.parameters, "weight_decay": group.weight_decay} for group in groups]
-    betas = (recipe.adam_beta1, recipe.adam_beta2)
-    return torch.optim.AdamW(settings, lr=recipe.learning_rate, betas=betas, eps=recipe.adam_epsilon, fused=True)
+def _depth(name: str, top: int) -> int:
+    """0: the embeddings, i + 1: layer i, top: what comes after the layers."""
+    found = re.match(r"(?:vit\.)?(?:embeddings|layers\.(\d+))\.", name)
+    if found is None:
+        return top
+    return 0 if found[1] is None else int(found[1]) + 1
 
 
-OPTIMIZERS: dict[str, Callable[[Iterable[ParameterGroup], Any], torch.optim.Optimizer]] = {"adamw": build_adamw}
+def parameter_table(groups: list[ParameterGroup], learning_rate: float) -> str:
+    """An aligned table for reading: name, shape, highest rate and weight decay of each parameter, then the totals."""
+    rows = [("name", "shape", "rate", "decay")]
+    for group in groups:
+        rate, decay = f"{learning_rate * group.rate_scale:.4g}", f"{group.weight_decay:g}"
+        for name, parameter in zip(group.names, group.parameters, strict=True):
+            rows.append((name, "x".join(map(str, parameter.shape)) or "1", rate, decay))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {rate:>{widths[2]}}  {decay:>{widths[3]}}"
+        for name, shape, rate, decay in rows
+    ]
+    sizes = [(sum(map(torch.numel, group.parameters)), group.weight_decay > 0) for group in groups]
+    decayed = sum(size for size, decays in sizes if decays)
+    total = sum(size for size, _ in sizes)
+    return "\n".join((*lines, f"total: {len(rows) - 1} tensors, {total:,} weights, {decayed:,} of them decay"))
 
 
-# Each gives the share of the highest rate at `progress`, which runs from 0 after warmup to 1 at the end.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-    "linear": lambda progress: 1 - progress,
-    "constant": lambda progress: 1.0,
+# ---------------------------------------------------------------- optimizers
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch.optim.Muon on the groups that are hidden matrices and torch.optim.AdamW on the rest, as one optimizer.
+
+    Its groups stand in the order given and its state is that of both, so that it is saved, loaded, scaled and cleared
+    like any other; a step lends groups and state to the two.
+    """
+
+    def __init__(self, settings: list[dict[str, Any]], muon: dict[str, Any], adamw: dict[str, Any]):
+        hidden = [group for group in settings if group["is_hidden_matrix"]]
+        others = [group for group in settings if not group["is_hidden_matrix"]]
+        self.parts: dict[bool, torch.optim.Optimizer] = {True: torch.optim.Muon(hidden, **muon)}
+        if others:
+            self.parts[False] = torch.optim.AdamW(others, **adamw)
+        complete = {kind: iter(part.param_groups) for kind, part in self.parts.items()}
+        super().__init__([next(complete[group["is_hidden_matrix"]]) for group in settings], defaults={})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """The closure's result, if there is one, after a step of both."""
+        result = None if closure is None else torch.enable_grad()(closure)()
+        for is_hidden, part in self.parts.items():
+            # here, not once: load_state_dict puts new objects in the place of both
+            part.param_groups = [group for group in self.param_groups if group["is_hidden_matrix"] == is_hidden]
+            part.state = self.state
+            part.step()
+        return result
+
+
+def _settings(groups: list[ParameterGroup], recipe: Recipe) -> list[dict[str, Any]]:
+    return [
+        {
+            "params": group.parameters,
+            "weight_decay": group.weight_decay,
+            "lr": recipe.learning_rate * group.rate_scale,
+            "rate_scale": group.rate_scale,
+        }
+        for group in groups
+    ]
+
+
+def _adam_options(recipe: Recipe) -> dict[str, Any]:
+    return {"betas": (recipe.adam_beta1, recipe.adam_beta2), "eps": recipe.adam_epsilon, "fused": True}
+
+
+def build_adamw(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW (1711.05101): weights shrink by rate * decay a step, apart from the gradient."""
+    return torch.optim.AdamW(_settings(groups, recipe), lr=recipe.learning_rate, **_adam_options(recipe))
+
+
+def build_adam(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Optimizer:
+    """Adam (1412.6980). Its weight decay is an L2 penalty: it joins the gradient and is normalised with it."""
+    return torch.optim.Adam(_settings(groups, recipe), lr=recipe.learning_rate, **_adam_options(recipe))
+
+
+def build_sgd(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD with heavy-ball momentum, 0.9 unless the recipe says; its weight decay is an L2 penalty on the gradient."""
+    momentum = 0.9 if recipe.momentum is None else recipe.momentum
+    # Never fused: torch 2.14's fused kernel leaves the momentum uninitialised where the first step is skipped, as the
+    # scaler of fp16 does; test_a_skipped_first_step_leaves_no_trace tells when that has changed.
+    return torch.optim.SGD(_settings(groups, recipe), lr=recipe.learning_rate, momentum=momentum)
+
+
+def build_muon(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Optimizer:
+    """Muon on hidden matrices, AdamW on embeddings, norms, biases and classifier, with one learning rate and decay.
+
+    Updates of Muon are scaled by 0.2 * sqrt(larger side), to the root mean square of AdamW's (2502.16982, section 2.2).
+    Keller Jordan's own scale, sqrt(max(1, rows / columns)), would need another rate for each width.
+    Raises UserError where no matrix inside the layers is trained.
+    """
+    if not any(group.is_hidden_matrix for group in groups):
+        raise UserError("--optim muon needs matrices inside the layers, and none is trained here. Use --optim adamw.")
+    settings = [
+        {**group_settings, "is_hidden_matrix": group.is_hidden_matrix}
+        for group_settings, group in zip(_settings(groups, recipe), groups, strict=True)
+    ]
+    momentum = 0.95 if recipe.momentum is None else recipe.momentum
+    return MuonWithAdamW(
+        settings,
+        muon={"lr": recipe.learning_rate, "momentum": momentum, "adjust_lr_fn": "match_rms_adamw"},
+        adamw={"lr": recipe.learning_rate, **_adam_options(recipe)},
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[list[ParameterGroup], Recipe], torch.optim.Optimizer]] = {
+    "adamw": build_adamw,
+    "adam": build_adam,
+    "sgd": build_sgd,
+    "muon": build_muon,
 }
 
 
-def num_warmup_steps(warmup_steps: float, total_steps: int) -> int:
-    """Warmup in steps; a number under 1 is a share of all steps, as in transformers 5."""
-    return int(warmup_steps) if warmup_steps >= 1 else math.ceil(warmup_steps * total_steps)
+def optimizer_warning(recipe: Recipe, total_steps: int) -> str | None:
+    """What to try where SGD starts without warmup, in a sentence; else None.
 
-
-def learning_rate_at(step: int, total_steps: int, highest: float, warmup_steps: float, schedule: str) -> float:
-    """The rate of optimizer step `step` (the first is 0): rising in a line, then as the schedule says.
-
-    It depends on the step alone, never on the number of processes.
+    Article 3 logs four such runs on MNIST whose loss stayed at 2.30 = ln 10 for ten epochs with a class token's head;
+    mean pooling learned a little, and Adam worked.
     """
-    warmup = num_warmup_steps(warmup_steps, total_steps)
-    if step < warmup:
-        return highest * (step + 1) / warmup
-    return highest * SCHEDULES[schedule]((step - warmup) / max(total_steps - warmup, 1))
+    if recipe.optim != "sgd" or num_warmup_steps(recipe.warmup_steps, total_steps) > 0:
+        return None
+    return (
+        "SGD without warmup may not train a ViT: the loss can stay at ln(number of classes), most of all with a class "
+        "token. If it does, try --warmup_steps 0.05, --optim adamw, or --config_overrides pooling=mean."
+    )

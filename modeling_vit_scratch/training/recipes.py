@@ -47,6 +47,7 @@ class Recipe:
     )
     image_mean: tuple[float, ...] | None = flag(None, DATA, "mean of each channel of pixels in [0, 1]; else 0.5")
     image_std: tuple[float, ...] | None = flag(None, DATA, "standard deviation of each channel; else 0.5")
+    balanced_sampler: bool = flag(False, DATA, "each class is drawn as often as any other, however many images it has")
     stream_lanes: int = flag(
         24, DATA, "parts in which a stream is read at once; processes should divide it", at_least=1
     )
@@ -58,10 +59,19 @@ class Recipe:
     model_name_or_path: str | None = flag(
         None, NETWORK, "a pretrained checkpoint to start from, on the Hub or a folder"
     )
+    dtype: str = flag(
+        "float32", NETWORK, "of the weights; float64 is for comparisons on a CPU", choices=("float32", "float64")
+    )
 
     # --- length and batch
     max_steps: int | None = flag(None, LENGTH, "optimizer steps", at_least=1)
     num_train_epochs: float | None = flag(None, LENGTH, "passes over the training split", above=0)
+    time_budget: str | None = flag(
+        None, LENGTH, "time for the whole run (20m, 90s, 1h30m): as many steps as fit, fixed after the first ones"
+    )
+    early_stopping_patience: int | None = flag(
+        None, LENGTH, "stop after this many evaluations without a better metric_for_best_model", at_least=1
+    )
     train_batch_size: int = flag(128, LENGTH, "images an optimizer step, over all processes", at_least=1)
     eval_batch_size: int = flag(256, LENGTH, "images an evaluation batch, over all processes", at_least=1)
     gradient_accumulation_steps: int = flag(
@@ -69,20 +79,49 @@ class Recipe:
     )
 
     # --- optimization
-    optim: str = flag("adamw", OPTIMIZATION, "the optimizer", choices=("adamw",))
+    optim: str = flag(
+        "adamw", OPTIMIZATION, "the optimizer; muon: Muon on hidden matrices, AdamW on the rest",
+        choices=("adamw", "adam", "sgd", "muon"),
+    )  # fmt: skip
     learning_rate: float = flag(1e-3, OPTIMIZATION, "the highest rate", above=0)
     weight_decay: float = flag(
         0.05, OPTIMIZATION, "on matrices; norms, biases, positions and tokens have none", at_least=0
     )
-    adam_beta1: float = flag(0.9, OPTIMIZATION, "AdamW's beta1", at_least=0, below=1)
-    adam_beta2: float = flag(0.999, OPTIMIZATION, "AdamW's beta2", at_least=0, below=1)
-    adam_epsilon: float = flag(1e-8, OPTIMIZATION, "AdamW's epsilon", above=0)
+    layer_decay: float = flag(
+        1.0, OPTIMIZATION, "each layer's rate is this share of the one above it, the classifier's is the highest",
+        above=0, at_most=1,
+    )  # fmt: skip
+    adam_beta1: float = flag(0.9, OPTIMIZATION, "Adam's and AdamW's beta1", at_least=0, below=1)
+    adam_beta2: float = flag(0.999, OPTIMIZATION, "Adam's and AdamW's beta2", at_least=0, below=1)
+    adam_epsilon: float = flag(1e-8, OPTIMIZATION, "Adam's and AdamW's epsilon", above=0)
+    momentum: float | None = flag(
+        None, OPTIMIZATION, "SGD's or Muon's momentum; else 0.9 for SGD, 0.95 for Muon", at_least=0, below=1
+    )
     lr_scheduler_type: str = flag(
-        "cosine", OPTIMIZATION, "the rate after warmup", choices=("cosine", "linear", "constant")
+        "cosine", OPTIMIZATION, "the rate after warmup",
+        choices=("cosine", "linear", "constant", "multi_step", "warmup_stable_decay"),
+    )  # fmt: skip
+    min_lr_rate: float = flag(
+        0.0, OPTIMIZATION, "the floor, a share of the highest rate, at which the schedule ends", at_least=0, below=1
+    )
+    lr_milestones: tuple[float, ...] = flag(
+        (0.5, 0.75), OPTIMIZATION, "steps at which multi_step lowers the rate; under 1: shares of all steps", above=0
+    )
+    lr_gamma: float = flag(0.1, OPTIMIZATION, "by what multi_step lowers the rate", above=0, below=1)
+    lr_decay_steps: float = flag(
+        0.2, OPTIMIZATION, "steps of falling rate at the end of warmup_stable_decay; under 1: a share", above=0
     )
     warmup_steps: float = flag(0.05, OPTIMIZATION, "steps of rising rate; under 1: a share of all steps", at_least=0)
     max_grad_norm: float = flag(1.0, OPTIMIZATION, "gradients are scaled down to this norm; 0: never", at_least=0)
     label_smoothing_factor: float = flag(0.0, OPTIMIZATION, "mass spread over all classes", at_least=0, below=1)
+    class_weights: str | None = flag(
+        None, OPTIMIZATION, "balanced: rare classes weigh more in the loss, all classes the same in sum",
+        choices=("balanced",),
+    )  # fmt: skip
+    ema_decay: float | None = flag(
+        None, OPTIMIZATION, "publish an exponential moving average of the weights with this decay a step",
+        above=0, below=1,
+    )  # fmt: skip
 
     # --- augmentation
     horizontal_flip_prob: float = flag(0.0, AUGMENTATION, "share of images mirrored", at_least=0, at_most=1)
@@ -94,9 +133,31 @@ class Recipe:
         above=0,
         at_most=1,
     )
+    random_resized_crop_ratio: tuple[float, ...] = flag(
+        (3 / 4, 4 / 3), AUGMENTATION, "least and greatest width / height of a random resized crop", above=0
+    )
     rotation_degrees: float = flag(0.0, AUGMENTATION, "largest random rotation", at_least=0, at_most=180)
     translate_pixels: float = flag(0.0, AUGMENTATION, "largest random shift", at_least=0)
     scale_range: float = flag(0.0, AUGMENTATION, "largest relative change of scale", at_least=0, below=1)
+    auto_augment: str | None = flag(
+        None, AUGMENTATION, "a policy of colour and geometry, drawn for each image",
+        choices=("randaugment", "autoaugment_cifar10", "autoaugment_imagenet", "trivialaugment"),
+    )  # fmt: skip
+    randaugment_num_ops: int = flag(2, AUGMENTATION, "operations that RandAugment applies in a row", at_least=1)
+    randaugment_magnitude: int = flag(9, AUGMENTATION, "RandAugment's magnitude, of 30", at_least=0, at_most=30)
+    random_erasing_prob: float = flag(
+        0.0, AUGMENTATION, "share of images of which a rectangle becomes noise", at_least=0, at_most=1
+    )
+    mixup_alpha: float = flag(0.0, AUGMENTATION, "of mixup's Beta distribution; 0: no mixup", at_least=0)
+    cutmix_alpha: float = flag(0.0, AUGMENTATION, "of CutMix's Beta distribution; 0: no CutMix", at_least=0)
+    mixup_prob: float = flag(1.0, AUGMENTATION, "share of images that are mixed", at_least=0, at_most=1)
+    mixup_switch_prob: float = flag(
+        0.5, AUGMENTATION, "share of mixed images that are CutMix, where mixup and CutMix are both on",
+        at_least=0, at_most=1,
+    )  # fmt: skip
+    mixup_off_step: float | None = flag(
+        None, AUGMENTATION, "from this step on nothing is mixed; under 1: a share of all steps", above=0
+    )
 
     # --- evaluation, logging and saving
     output_dir: str | None = flag(None, OUTPUT, "folder of this run; else outputs/<recipe>")
@@ -123,6 +184,7 @@ class Recipe:
     )
     cpu_threads: int | None = flag(None, MACHINE, "threads of each process; else cores / processes", at_least=1)
     torch_compile: bool = flag(False, MACHINE, "compile the network")
+    tf32: bool = flag(False, MACHINE, "matrix products of float32 in TF32, on GPUs that have it")
     gradient_checkpointing: bool = flag(False, MACHINE, "recompute activations backward: less memory, more time")
 
     def __post_init__(self):
@@ -154,17 +216,17 @@ def check_range(name: str, value: Any, limits: Any):
         return
     if "choices" in limits and value not in limits["choices"]:
         raise unknown(name, value, limits["choices"])
-    for part in value if isinstance(value, tuple) else (value,):
-        if isinstance(part, float) and not math.isfinite(part):
-            raise UserError(f"--{name} must be finite, got {value}.")
+    parts = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(part, float) and not math.isfinite(part) for part in parts):
+        raise UserError(f"--{name} must be finite, got {value}.")
     tests = {
-        "at_least": lambda limit: value >= limit,
-        "above": lambda limit: value > limit,
-        "at_most": lambda limit: value <= limit,
-        "below": lambda limit: value < limit,
+        "at_least": lambda part, limit: part >= limit,
+        "above": lambda part, limit: part > limit,
+        "at_most": lambda part, limit: part <= limit,
+        "below": lambda part, limit: part < limit,
     }
     for word, holds in tests.items():
-        if word in limits and not holds(limits[word]):
+        if word in limits and not all(holds(part, limits[word]) for part in parts):
             bounds = " and ".join(f"{w.replace('_', ' ')} {limits[w]}" for w in tests if w in limits)
             raise UserError(f"--{name} must be {bounds}, got {value}.")
 
@@ -192,12 +254,13 @@ RECIPES: dict[str, Recipe] = {
         image_mean=(0.4914, 0.4822, 0.4465), image_std=(0.2470, 0.2435, 0.2616), train_val_split=0.1,
     ),
     # accelerate launch --num_processes 8 --mixed_precision bf16 run_train.py --recipe imagenet-1k
-    # S/16 of "Better plain ViT baselines for ImageNet-1k", 2205.01580, but for RandAugment and mixup
+    # S/16 of "Better plain ViT baselines for ImageNet-1k", 2205.01580; not yet run to its end
     "imagenet-1k": Recipe(
         recipe="imagenet-1k", dataset_name="imagenet-1k", preset="vit_s_16",
         config_overrides="pooling=mean,use_cls_token=false,position_embedding_type=sincos2d", streaming=True,
         num_train_epochs=90, train_batch_size=1024, eval_batch_size=1024, learning_rate=1e-3, weight_decay=0.1,
         warmup_steps=10_000, image_size=224, horizontal_flip_prob=0.5, random_resized_crop_scale=0.05,
+        auto_augment="randaugment", randaugment_magnitude=10, mixup_alpha=0.2,
         train_val_split=0.01, stream_lanes=96,
     ),
     # accelerate launch run_train.py --train_dir photos/train

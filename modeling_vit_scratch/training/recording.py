@@ -104,9 +104,15 @@ def _clock(seconds: float) -> str:
 
 
 def start_trackers(accelerator: Accelerator, names: list[str], settings: dict[str, Any]):
-    """Starts the trackers with the recipe as plain text: TensorBoard refuses lists and None."""
+    """Starts the trackers with the recipe as plain text: TensorBoard refuses lists and None.
+
+    Raises UserError with what a tracker says against it (nobody is logged in, say).
+    """
     if names:
-        accelerator.init_trackers("tensorboard" if names == ["tensorboard"] else "vit_scratch", config=None)
+        try:
+            accelerator.init_trackers("vit_scratch", config=None)
+        except Exception as error:
+            raise UserError(f"--report_to {','.join(names)}: {error or type(error).__name__}") from error
         for tracker in accelerator.trackers:
             tracker.store_init_configuration({name: str(value) for name, value in settings.items()})
 

@@ -1,0 +1,76 @@
+"""What a finished run leaves: results.json, plots, model card, report and the folder model/."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ..data.decoding import Processor
+from ..data.sources import Source
+from ..modeling_vit_scratch import ViTScratchForImageClassification
+from ..results.model_card import write_model_card
+from ..results.model_folder import save_model_folder
+from ..results.plots import write_plots
+from ..results.report import write_report
+from .evaluation import Evaluation
+from .machine import command, commit, hardware, versions
+from .recipes import Recipe
+from .run_folder import write_json
+from .state import TrainingState
+
+
+def final_scores(results: dict[str, Any]) -> dict[str, float]:
+    """The scores among the fields of results.json: test_accuracy and its like."""
+    return {n: v for n, v in results.items() if n.startswith(("test_", "validation_")) and isinstance(v, float)}
+
+
+def collect_results(
+    recipe: Recipe,
+    chosen: frozenset[str],
+    accelerator: Accelerator,
+    source: Source,
+    state: TrainingState,
+    finals: dict[str, Evaluation],
+    weights: str,
+) -> dict[str, Any]:
+    """What results.json holds. finals: the last evaluation of each split; weights: which ones they score."""
+    position = state.position
+    details = {split: evaluation.details(source.class_names) for split, evaluation in finals.items()}
+    return {
+        **{f"{split}_{name}": value for split, e in finals.items() for name, value in e.scores.items()},
+        "command": command(accelerator, recipe, chosen),
+        "recipe": recipe.recipe,
+        "seed": recipe.seed,
+        "steps": position.step,
+        "stopped_early": position.has_stopped_early,
+        "train_seconds": round(position.train_seconds, 2),
+        "images_per_second": round(position.step * recipe.train_batch_size / max(position.train_seconds, 1e-9), 1),
+        "weights": weights,
+        "best_step": position.best_step,
+        "num_parameters": state.model.num_parameters(),
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "hardware": hardware(accelerator),
+        "versions": versions(),
+        "commit": commit(),
+        "dataset": {
+            "name": source.name,
+            "repository": source.repository,
+            "splits": {name: len(split) for name, split in source.splits.items()},
+        },
+        "class_names": source.class_names,
+        "per_class": {split: found["per_class"] for split, found in details.items()},
+        "confusion": {split: found["confusion"] for split, found in details.items()},
+    }
+
+
+def save_model(output_dir: Path, model: ViTScratchForImageClassification, processor: Processor):
+    save_model_folder(output_dir / "model", model, model.state_dict(), processor)
+
+
+def publish(output_dir: Path, results: dict[str, Any]):
+    """Writes results.json, and from it the plots, the model card and the report."""
+    write_json(output_dir / "results.json", results)
+    write_plots(output_dir)
+    write_model_card(output_dir)
+    write_report(output_dir)

@@ -1,0 +1,115 @@
+"""Learning rates as pure functions of the optimizer step: never of the number of processes or of what came before."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+from ..errors import UserError
+from .recipes import Recipe
+
+
+def in_steps(steps: float, total_steps: int) -> int:
+    """A number of steps, at least one; under 1 it is a share of all steps."""
+    return max(1, round(steps if steps >= 1 else steps * total_steps))
+
+
+def num_warmup_steps(warmup_steps: float, total_steps: int) -> int:
+    """Warmup in steps; a number under 1 is a share of all steps, as in transformers 5."""
+    return int(warmup_steps) if warmup_steps >= 1 else math.ceil(warmup_steps * total_steps)
+
+
+def cosine(step: int, total_steps: int, recipe: Recipe) -> float:
+    """Half a cosine from the end of warmup to the end of the run (SGDR, 1608.03983, without restarts)."""
+    return _above_floor(0.5 * (1 + math.cos(math.pi * _progress(step, total_steps, recipe))), recipe)
+
+
+def linear(step: int, total_steps: int, recipe: Recipe) -> float:
+    """A line from the end of warmup to the end of the run."""
+    return _above_floor(1 - _progress(step, total_steps, recipe), recipe)
+
+
+def constant(step: int, total_steps: int, recipe: Recipe) -> float:
+    """The highest rate, to the end."""
+    return 1.0
+
+
+def multi_step(step: int, total_steps: int, recipe: Recipe) -> float:
+    """Times lr_gamma at each milestone, down to the floor; milestones count from the run's first step."""
+    passed = sum(step >= in_steps(milestone, total_steps) for milestone in recipe.lr_milestones)
+    return max(recipe.min_lr_rate, recipe.lr_gamma**passed)
+
+
+def warmup_stable_decay(step: int, total_steps: int, recipe: Recipe) -> float:
+    """The highest rate, then a line to the floor over the last lr_decay_steps (2405.18392; its 1-sqrt falls faster)."""
+    after_warmup = total_steps - num_warmup_steps(recipe.warmup_steps, total_steps)
+    num_decay_steps = min(in_steps(recipe.lr_decay_steps, total_steps), after_warmup)  # two shares may round to more
+    return _above_floor(min(1.0, (total_steps - step) / num_decay_steps), recipe)
+
+
+# Each gives the share of the highest rate at an optimizer step after warmup.
+SCHEDULES: dict[str, Callable[[int, int, Recipe], float]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "constant": constant,
+    "multi_step": multi_step,
+    "warmup_stable_decay": warmup_stable_decay,
+}
+
+
+def learning_rate_at(step: int, total_steps: int, recipe: Recipe) -> float:
+    """The rate of optimizer step `step` (the first is 0): rising in a line, then as the recipe's schedule says.
+
+    Warmup's first step has the rate 1 / warmup of the highest, its last one the highest. A warmup longer than the run
+    is a run that only rises: recipes are shortened with --max_steps to try them.
+    """
+    warmup = num_warmup_steps(recipe.warmup_steps, total_steps)
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / warmup
+    return recipe.learning_rate * SCHEDULES[recipe.lr_scheduler_type](step, total_steps, recipe)
+
+
+def check_schedule(recipe: Recipe, total_steps: int):
+    """Raises UserError for milestones that are missing, out of order or never reached, or a decay that does not fit."""
+
+    def unrounded(steps: float) -> float:  # shares of a short run may round to the same step, or to its end
+        return steps if steps >= 1 else steps * total_steps
+
+    if recipe.lr_scheduler_type == "multi_step":
+        milestones = recipe.lr_milestones
+        steps = [unrounded(milestone) for milestone in milestones]
+        written = ",".join(f"{milestone:g}" for milestone in milestones)
+        if not steps:
+            raise UserError("--lr_scheduler_type multi_step needs --lr_milestones, such as 0.5,0.75.")
+        if any(later <= earlier for earlier, later in pairwise(steps)):
+            raise UserError(
+                f"--lr_milestones {written} must ascend: in a run of {total_steps:,} steps they are "
+                f"{', '.join(f'{step:,g}' for step in steps)}."
+            )
+        if steps[-1] >= total_steps:
+            raise UserError(
+                f"--lr_milestones {written}: a run of {total_steps:,} steps ends before step {milestones[-1]:,g}. "
+                "Lower it, train longer, or give shares of all steps such as 0.5,0.75."
+            )
+    if recipe.lr_scheduler_type == "warmup_stable_decay":
+        decay = unrounded(recipe.lr_decay_steps)
+        if decay > total_steps:
+            raise UserError(
+                f"--lr_decay_steps {recipe.lr_decay_steps:g} does not fit a run of {total_steps:,} steps. "
+                "Lower it, train longer, or give a share of all steps such as 0.2."
+            )
+        warmup = unrounded(recipe.warmup_steps)
+        if warmup < total_steps < warmup + decay:
+            raise UserError(
+                f"--warmup_steps {recipe.warmup_steps:g} and --lr_decay_steps {recipe.lr_decay_steps:g} do not fit "
+                f"together: {warmup:,g} + {decay:,g} of {total_steps:,} steps. Lower one of them or train longer."
+            )
+
+
+def _progress(step: int, total_steps: int, recipe: Recipe) -> float:
+    """From 0 after warmup to 1 at the end."""
+    warmup = num_warmup_steps(recipe.warmup_steps, total_steps)
+    return (step - warmup) / max(total_steps - warmup, 1)
+
+
+def _above_floor(share: float, recipe: Recipe) -> float:
+    return recipe.min_lr_rate + (1 - recipe.min_lr_rate) * share

@@ -1,0 +1,124 @@
+"""What a run carries from step to step, and its way into a checkpoint and back."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+
+from .averaging import AveragedWeights
+from .checkpointing import (
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    prune,
+    save_checkpoint,
+    step_folder,
+)
+from .optimization import ParameterGroup
+
+
+@dataclass
+class Position:
+    """Where a run is, besides its tensors."""
+
+    step: int = 0
+    total_steps: int | None = None  # fixed when the run begins
+    train_seconds: float = 0.0
+    best_step: int | None = None
+    best_value: float | None = None
+    evaluations_since_best: int = 0
+    has_stopped_early: bool = False
+
+
+@dataclass
+class Window:
+    """Sums of loss and of correct answers since the last training row; on the device, so that no step waits."""
+
+    sums: torch.Tensor
+    images: int = 0
+    skipped_steps: int = 0  # of the fp16 scaler
+    waited: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+
+class TrainingState:
+    """Model, optimizer, averaged weights, position and window of one run, saved together and restored together."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        optimizer: AcceleratedOptimizer,
+        groups: list[ParameterGroup],
+        averaged: AveragedWeights | None,
+        folder: Path,
+        save_total_limit: int,
+    ):
+        self.accelerator, self.model, self.optimizer, self.averaged = accelerator, model, optimizer, averaged
+        self.parameter_names = [name for group in groups for name in group.names]
+        self.folder, self.save_total_limit = folder, save_total_limit
+        self.position = Position()
+        self.window = self.new_window()
+
+    def new_window(self) -> Window:
+        return Window(torch.zeros(2, dtype=self.model.dtype, device=self.accelerator.device))
+
+    @property
+    def published(self) -> torch.nn.Module:
+        """The network that is evaluated and saved: the averaged one where there is one."""
+        return self.model if self.averaged is None else self.averaged.model
+
+    def save(self) -> Path:
+        """The path of a checkpoint of this moment, which every process helps to write."""
+        sums = self.accelerator.gather(self.window.sums[None]).tolist()  # through JSON and back without loss
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "window": {"sums": sums, "images": self.window.images, "skipped_steps": self.window.skipped_steps},
+                "position": vars(self.position),
+                "num_processes": self.accelerator.num_processes,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            moments = optimizer_tensors(self.optimizer.optimizer, self.parameter_names)
+            averages = None if self.averaged is None else self.averaged.model.state_dict()
+            save_checkpoint(self.folder, self.position.step, self.model.state_dict(), moments, state, averages)
+            prune(self.folder, self.save_total_limit, self.position.best_step)
+        self.accelerator.wait_for_everyone()
+        return self.folder / step_folder(self.position.step)
+
+    def restore(self, path: Path):
+        """Puts back what a verified checkpoint holds, on any number of processes."""
+        accelerator, saved = self.accelerator, load_checkpoint(path)
+        self.model.load_state_dict(saved.model)
+        load_optimizer_tensors(self.optimizer.optimizer, self.parameter_names, saved.optimizer)
+        state = saved.state
+        self.position = Position(**state["position"])
+        if self.averaged is not None:
+            self.averaged.load_tensors(saved.averaged, has_begun=self.position.step > 0)
+        if accelerator.scaler is not None and state.get("scaler"):
+            accelerator.scaler.load_state_dict(state["scaler"])
+        accelerator.print(f"going on from {path}")
+        if state["num_processes"] != accelerator.num_processes:
+            accelerator.print(
+                f"with {accelerator.num_processes} process(es); it was written by {state['num_processes']}"
+            )
+        self.window = self._restored_window(state["window"])
+
+    def _restored_window(self, saved: dict[str, Any]) -> Window:
+        """The window as this rank left it; with another number of processes, the first one takes all of it."""
+        window, rank = self.new_window(), self.accelerator.process_index
+        sums = torch.tensor(saved["sums"], dtype=window.sums.dtype, device=window.sums.device)
+        whole = sums.sum(dim=0) * (rank == 0)
+        window.sums = sums[rank] if len(sums) == self.accelerator.num_processes else whole
+        window.images, window.skipped_steps = saved["images"], saved["skipped_steps"]
+        return window
+
+    def use_best(self) -> int:
+        """Puts the weights that validated best into the published network; the step they are of."""
+        saved = load_checkpoint(self.folder / step_folder(self.position.best_step))
+        self.published.load_state_dict(saved.model if saved.averaged is None else saved.averaged)
+        return self.position.best_step

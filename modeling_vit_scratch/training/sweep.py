@@ -1,0 +1,214 @@
+"""A sweep: one run for every combination of values on a grid, compared by validation.
+
+Every run is an ordinary run folder below the sweep's, so a sweep that was stopped goes on where it was: finished runs
+are shown, a broken-off one goes on from its checkpoint. Every combination is checked before the first one trains.
+"""
+
+import gc
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from ..errors import UserError
+from ..results.sweep_plot import COSTS, SCORES, markdown, table, write_sweep
+from . import loop
+from .checkpointing import checkpoints
+from .flags import exit_code
+from .machine import agree, check_launch
+from .recipes import MAY_CHANGE_ON_RESUME
+from .run_folder import write_json
+from .sweep_grid import Plan, Run, parse_sweep
+
+RECORD = "sweep.json"
+
+
+# ---------------------------------------------------------------- the sweep's folder
+
+
+def open_sweep(plan: Plan) -> dict[str, Any]:
+    """The sweep's record, with what earlier starts finished; called by the main process.
+
+    Raises UserError for a folder that holds another sweep, naming what differs, or files but no sweep.
+    """
+    path = plan.folder / RECORD
+    record, old = plan.new_record(), None
+    try:
+        if path.exists():
+            old = json.loads(path.read_text(encoding="utf-8"))
+        elif plan.folder.exists() and any(plan.folder.iterdir()):
+            raise UserError(f"--output_dir {plan.folder} holds files but no sweep; choose a new folder.")
+        if old is not None and not plan.base.overwrite_output_dir and any(_has_begun(plan, run) for run in old["runs"]):
+            _refuse_another_sweep(plan.folder, old, record)
+            record["runs"] = [_found(plan, run, old) for run in record["runs"]]
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+    except (json.JSONDecodeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}); start afresh with --overwrite_output_dir.") from error
+    except OSError as error:
+        raise UserError(f"--output_dir {plan.folder} cannot be used: {error}.") from error
+    return record
+
+
+def _has_begun(plan: Plan, run: dict[str, Any]) -> bool:
+    folder = plan.folder / run["name"]
+    return (folder / "metrics.jsonl").exists() or bool(checkpoints(folder / "checkpoints"))
+
+
+def _refuse_another_sweep(folder: Path, old: dict[str, Any], new: dict[str, Any]):
+    def facts(record: dict[str, Any]) -> dict[str, Any]:
+        flags = {name: v for name, v in record["flags"].items() if name not in MAY_CHANGE_ON_RESUME}
+        return {**flags, **{name: record[name] for name in ("grid", "seeds", "mixed_precision")}}
+
+    before, now = facts(old), facts(json.loads(json.dumps(new)))
+    differing = [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in {**now, **before} if before.get(n) != now.get(n)]
+    if differing:
+        raise UserError(
+            f"{folder} holds another sweep ({'; '.join(differing)}). Go on with the old values, choose another "
+            "--output_dir, or start afresh with --overwrite_output_dir."
+        )
+
+
+def _found(plan: Plan, run: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """The run as it is on disk: finished, failed, or still to be run."""
+    folder = plan.folder / run["name"]
+    if (folder / "results.json").exists() and (folder / "report.html").exists():
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        return {**run, **finished(results)}
+    before = next((other for other in old["runs"] if other["name"] == run["name"]), run)
+    return before if before["status"] == "failed" and folder.exists() else run
+
+
+def finished(results: dict[str, Any]) -> dict[str, Any]:
+    """What the sweep keeps of a finished run's results."""
+    scores = {name: results[name] for name in (*SCORES, *COSTS) if results.get(name) is not None}
+    images = (results.get("dataset") or {}).get("splits", {}).get("validation")
+    command = results.get("command")
+    return {"status": "finished", "note": "", **scores, "num_validation_images": images, "command": command}
+
+
+# ---------------------------------------------------------------- the sweep
+
+
+def sweep(plan: Plan) -> dict[str, Any]:
+    """Runs what is not finished and returns the sweep's record, which sweep.json holds too.
+
+    Raises UserError where no run can succeed: the first one fails before its first step, there is no validation split,
+    or all failed. Raises Interrupted after a signal.
+    """
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as Accelerator reads it
+    check_launch(state.num_processes)
+    record = agree(state, lambda: open_sweep(plan))
+    with _one_process_group(state), _sigterm_as_interrupt():
+        for number, run in enumerate(plan.runs):
+            heading = f"[{number + 1}/{len(plan.runs)}] {run.name}"
+            if record["runs"][number]["status"] == "waiting":
+                state.print(f"\n{heading}", flush=True)
+                try:
+                    outcome = run_one(plan, record, run, state)
+                except (loop.Interrupted, KeyboardInterrupt) as stop:
+                    raise loop.Interrupted(_stop_text(plan, heading, stop)) from stop
+                record["runs"][number] |= outcome
+                if state.is_main_process:
+                    write_json(plan.folder / RECORD, record)
+                    (plan.folder / "sweep.md").write_text(markdown(record), encoding="utf-8")
+                if number + 1 < len(plan.runs):
+                    state.print(f"\n{table(record)}", flush=True)
+            else:
+                state.print(f"{heading}: {record['runs'][number]['status']} before", flush=True)
+            _check_has_validation(record["runs"][number], record["metric"])
+    if state.is_main_process:
+        write_sweep(plan.folder, record)
+        write_json(plan.folder / RECORD, record)
+    failed = [run for run in record["runs"] if run["status"] == "failed"]
+    state.print(f"\n{markdown(record)}\n{plan.folder} holds the sweep.", flush=True)
+    if len(failed) == len(record["runs"]):
+        raise UserError(f"All {len(failed)} runs failed. {failed[0]['name']}: {failed[0]['note']}")
+    return record
+
+
+def run_one(plan: Plan, record: dict[str, Any], run: Run, state: PartialState) -> dict[str, Any]:
+    """What the record keeps of one run, failed ones included.
+
+    Raises the run's own UserError where it would hit every run: no run of this sweep has taken a step yet.
+    """
+    if run.recipe.torch_compile:
+        torch.compiler.reset()  # else the eighth network of a sweep runs uncompiled: torch's recompile limit
+    try:
+        return finished(loop.train(run.recipe, run.chosen))
+    except UserError as error:
+        if error.met_alone and state.num_processes > 1:
+            raise  # the other processes wait for this one
+        wrong = error
+    except torch.OutOfMemoryError as error:
+        if state.num_processes > 1:
+            raise
+        wrong = UserError(f"Out of memory ({str(error).partition('.')[0]}); a smaller network or batch would fit.")
+    begun = agree(state, lambda: any(_has_begun(plan, other) for other in record["runs"]))
+    if not begun:
+        raise wrong
+    sentence = " ".join(str(wrong).split()).replace(str(plan.folder / run.name), run.name)
+    wrong.__traceback__ = None  # it holds the network
+    gc.collect()
+    torch.cuda.empty_cache()
+    state.print(f"failed: {sentence}", flush=True)
+    return {"status": "failed", "note": sentence}
+
+
+def _check_has_validation(run: dict[str, Any], metric: str):
+    if run["status"] == "finished" and f"validation_{metric}" not in run:
+        raise UserError(
+            "A sweep chooses by validation, and this data has no validation split: give --train_val_split 0.1."
+        )
+
+
+def _stop_text(plan: Plan, heading: str, stop: BaseException) -> str:
+    where = str(stop) or "stopped outside its steps. The same command goes on from its last checkpoint."
+    afresh = " Leave out --overwrite_output_dir then." if plan.base.overwrite_output_dir else ""
+    return f"{heading}: {where} Finished runs are not repeated.{afresh}"
+
+
+@contextmanager
+def _one_process_group(state: PartialState) -> Iterator[None]:
+    """Keeps the processes connected from run to run: `train` ends by taking its group of processes down.
+
+    accelerate 1 leaves the group to the outside where `fork_launched` says that a notebook launched the processes.
+    """
+    before, state.fork_launched = state.fork_launched, True
+    try:
+        yield
+    finally:
+        state.fork_launched = before
+    state.wait_for_everyone()
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Outside the steps of a run, which see to signals themselves, SIGTERM ends the sweep as Ctrl-C does."""
+    try:
+        old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Sweeps as the command line says. The exit code: 0 done, 2 something to mend, 3 stopped by a signal."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+
+    def act():
+        sweep(parse_sweep(arguments))
+        PartialState().destroy_process_group()
+
+    return exit_code(act)

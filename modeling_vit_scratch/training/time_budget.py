@@ -1,0 +1,97 @@
+"""--time_budget: as many steps as fit into a time, fixed once, so that the schedule ends as the time does."""
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from ..errors import UserError
+
+UNITS = {"h": 3600, "m": 60, "s": 1}
+NUM_WARM_STEPS = 3  # the first steps choose kernels and fill caches; with --torch_compile they compile
+NUM_MEASURED_STEPS = 20
+SECONDS_FOR_PUBLISHING = 3.0  # plots, report and model folder, at the end of a run
+
+
+def seconds_of(text: str) -> float:
+    """The seconds of "20m", "90s", "1h30m", or of a plain number. Raises UserError for anything else or for zero."""
+    compact = text.replace(" ", "").lower()
+    try:
+        seconds = float(compact)
+    except ValueError:
+        if not re.fullmatch(r"(\d+(\.\d+)?h)?(\d+(\.\d+)?m)?(\d+(\.\d+)?s)?", compact):
+            seconds = math.nan
+        else:
+            seconds = sum(float(n) * UNITS[unit] for n, _, unit in re.findall(r"(\d+(\.\d+)?)([hms])", compact))
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise UserError(f"--time_budget takes a time such as 20m, 90s or 1h30m, got {text!r}.")
+    return seconds
+
+
+@dataclass
+class Rehearsal:
+    """What a run costs, measured before it: seconds a step, and seconds to evaluate each held-out split."""
+
+    step_seconds: float
+    evaluation_seconds: dict[str, float]
+
+    def steps_within(self, seconds: float, evaluations_in: Callable[[int], int]) -> int:
+        """The most steps that end, with their evaluations and the final ones, within `seconds`; at least one.
+
+        evaluations_in: how many evaluations of the validation split a run of so many steps makes.
+        """
+        final = sum(self.evaluation_seconds.values()) + SECONDS_FOR_PUBLISHING
+        each = self.evaluation_seconds.get("validation", 0.0)
+        low, high = 1, max(1, int(seconds / self.step_seconds))
+        while low < high:
+            middle = (low + high + 1) // 2
+            cost = middle * self.step_seconds + evaluations_in(middle) * each + final
+            low, high = (middle, high) if cost <= seconds else (low, middle - 1)
+        return low
+
+
+def rehearse(
+    accelerator: Accelerator,
+    take_steps: Callable[[int], None],
+    evaluate: dict[str, Callable[[], object]],
+    seconds: float,
+) -> Rehearsal:
+    """Measures steps, at least NUM_MEASURED_STEPS and a fiftieth of the budget, and one evaluation of each split.
+
+    take_steps(n) takes n steps that leave no trace in the weights. All processes measure together; the main one's
+    clock counts.
+    """
+    take_steps(NUM_WARM_STEPS)
+    elapsed = _timed(lambda: take_steps(NUM_MEASURED_STEPS))
+    wanted = min(seconds / 50, 10.0)
+    more = _main(accelerator, max(0, math.ceil((wanted - elapsed) / elapsed * NUM_MEASURED_STEPS)))
+    if more:
+        elapsed += _timed(lambda: take_steps(more))
+    evaluations = {name: _timed(call) for name, call in evaluate.items()}
+    return _main(accelerator, Rehearsal(elapsed / (NUM_MEASURED_STEPS + more), evaluations))
+
+
+def _timed(call: Callable[[], object]) -> float:
+    _finish_queue()
+    started = time.perf_counter()
+    call()
+    _finish_queue()
+    return time.perf_counter() - started
+
+
+def _finish_queue():
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _main(accelerator: Accelerator, value):
+    """The main process's value, in every process."""
+    box = [value]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(box)
+    return box[0]

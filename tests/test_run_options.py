@@ -1,0 +1,206 @@
+"""Whole runs with what a recipe can switch on: each does what it says, and a resumed run does it too."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_run_train import equal, metrics, run, weights
+
+from modeling_vit_scratch.errors import UserError
+from modeling_vit_scratch.training import loop
+from modeling_vit_scratch.training.recording import read_metrics
+from modeling_vit_scratch.training.time_budget import Rehearsal
+
+EVERYTHING = [
+    "--horizontal_flip_prob", 0.5, "--auto_augment", "randaugment", "--random_erasing_prob", 0.25, "--mixup_alpha", 0.8,
+    "--cutmix_alpha", 1.0, "--mixup_off_step", 0.8, "--random_resized_crop_scale", 0.5, "--ema_decay", 0.5,
+]  # fmt: skip
+
+
+class Killed(Exception):
+    pass
+
+
+def die_at(monkeypatch, fatal_step):
+    """Breaks the run off at a step, once; the list of steps that were begun."""
+    real, begun = loop.learning_rate_at, []
+
+    def rate(step, *rest):
+        if step == fatal_step and step not in begun:
+            begun.append(step)
+            raise Killed
+        begun.append(step)
+        return real(step, *rest)
+
+    monkeypatch.setattr(loop, "learning_rate_at", rate)
+    return begun
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_with_everything_on_a_resumed_run_equals_the_uninterrupted_one(tmp_path, monkeypatch, streaming):
+    arguments = [*EVERYTHING, "--max_steps", 12, "--save_steps", 4, "--logging_steps", 3, "--train_batch_size", 48,
+                 "--streaming", streaming, "--optim", "muon", "--layer_decay", 0.8]  # fmt: skip
+    whole = run(tmp_path / "whole", *arguments)
+    die_at(monkeypatch, 9)
+    with pytest.raises(Killed):
+        run(tmp_path / "broken", *arguments)
+    broken = run(tmp_path / "broken", *arguments)
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+    assert loop.final_scores(whole) == loop.final_scores(broken)
+
+
+def test_averaged_weights_are_what_is_scored_and_saved(tmp_path):
+    results = run(tmp_path / "averaged", "--max_steps", 6, "--ema_decay", 0.8)
+    last = tmp_path / "averaged" / "checkpoints" / "step-000006"
+    assert results["weights"] == "last, averaged"
+    saved, averaged = weights(tmp_path / "averaged"), load_file(last / "averaged.safetensors")
+    assert equal(saved, averaged) and not equal(saved, load_file(last / "model.safetensors"))
+    plain = run(tmp_path / "plain", "--max_steps", 6)
+    assert equal(weights(tmp_path / "plain"), load_file(last / "model.safetensors"))  # averaging only looks on
+    assert plain["test_loss"] != results["test_loss"]
+
+
+def test_an_average_slower_than_the_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--ema_decay 0.999 has a half-life of 693 steps, the run has 5"):
+        run(tmp_path / "run", "--max_steps", 5, "--ema_decay", 0.999)
+
+
+def test_the_run_stops_early_when_the_score_no_longer_rises(tmp_path, capsys):
+    results = run(tmp_path / "run", "--max_steps", 40, "--eval_steps", 2, "--early_stopping_patience", 3,
+                  "--learning_rate", 1e-9, "--metric_for_best_model", "f1_macro")  # fmt: skip
+    evaluations = [row for row in metrics(tmp_path / "run") if "eval_f1_macro" in row]
+    scores = [row["eval_f1_macro"] for row in evaluations]
+    assert results["stopped_early"] and results["steps"] == evaluations[-1]["step"] < 40
+    assert len(scores) - 1 - int(np.argmax(scores)) == 3  # the best, and three that are no better
+    assert "stopped early at step" in capsys.readouterr().out
+    (tmp_path / "run" / "results.json").unlink()  # killed before its scores: it does not go on training
+    again = run(tmp_path / "run", "--max_steps", 40, "--eval_steps", 2, "--early_stopping_patience", 3,
+                "--learning_rate", 1e-9, "--metric_for_best_model", "f1_macro")  # fmt: skip
+    assert again["steps"] == results["steps"] and again["test_loss"] == results["test_loss"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--ema_decay", 0.9], ["--optim", "muon"]])
+def test_a_budgeted_run_equals_the_run_of_that_many_steps(tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(Rehearsal, "steps_within", lambda *_: 9)
+    budgeted = run(tmp_path / "budgeted", "--time_budget", "2s", *flags)
+    counted = run(tmp_path / "counted", "--max_steps", 9, *flags)
+    assert budgeted["steps"] == 9 and equal(weights(tmp_path / "budgeted"), weights(tmp_path / "counted"))
+    assert metrics(tmp_path / "budgeted") == metrics(tmp_path / "counted")
+    assert loop.final_scores(budgeted) == loop.final_scores(counted)
+
+
+def test_a_resumed_budget_keeps_its_number_of_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(Rehearsal, "steps_within", lambda *_: 7)
+    die_at(monkeypatch, 3)
+    with pytest.raises(Killed):
+        run(tmp_path / "run", "--time_budget", "2s")  # no checkpoint but the one of step 0
+    monkeypatch.setattr(loop, "rehearse", None)  # a second rehearsal would fail
+    assert run(tmp_path / "run", "--time_budget", "2s")["steps"] == 7
+
+
+def test_a_budget_ends_with_its_schedule_at_the_end(tmp_path):
+    run(tmp_path / "run", "--time_budget", "5s", "--logging_steps", 5)
+    rates = [row["learning_rate"] for row in metrics(tmp_path / "run") if "learning_rate" in row]
+    assert rates[-1] < 0.01 * max(rates)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_a_gradient_that_is_not_finite_stops_the_run_with_its_weights_whole(tmp_path, monkeypatch, optim):
+    real = loop.poisoned
+    monkeypatch.setattr(loop, "poisoned", lambda loss: real(loss * (float("inf") if fatal() else 1)))
+    counter = iter(range(100))
+
+    def fatal():
+        return next(counter) >= 2 * 5  # the digits recipe computes a batch in two parts
+
+    with pytest.raises(UserError, match=r"not finite at step 6, rate .*step was not taken. The last good checkpoint is "
+                                        r".*step-000004. Lower --learning_rate"):  # fmt: skip
+        run(tmp_path / "run", "--max_steps", 9, "--save_steps", 4, "--optim", optim)
+    for file in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+    assert all(np.isfinite(row.get("loss", 0)) for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_class_weights_balance_what_the_classes_weigh(image_folder):
+    from modeling_vit_scratch.data.sources import open_source
+
+    source = open_source(train_dir=str(image_folder(cat=12, dog=3, emu=1)), train_val_split=0)
+    found = loop._class_weights(source)
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = source.label_ids_of("train")
+    assert found.numpy() == pytest.approx(compute_class_weight("balanced", classes=np.arange(3), y=labels))
+    assert found[torch.from_numpy(labels)].mean() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("flags", [["--class_weights", "balanced"], ["--balanced_sampler", "true"]])
+def test_a_rare_class_is_not_forgotten(image_folder, tmp_path, flags):
+    """Nine of ten training images are cats; noise all of them, so that only the prior can be learned."""
+    train = image_folder("train", size=(8, 8), cat=54, dog=6)
+    test = image_folder("test", size=(8, 8), seed=900, cat=30, dog=30)
+    common = ["--train_dir", train, "--test_dir", test, "--recipe", "cifar10", "--max_steps", 30,
+              "--train_val_split", 0, "--learning_rate", 3e-4, "--train_batch_size", 30]  # fmt: skip
+    plain = run(tmp_path / "plain", *common)
+    balanced = run(tmp_path / "balanced", *common, *flags)
+
+    def share_called_dog(results):
+        counts = np.array(results["confusion"]["test"])
+        return counts[:, 1].sum() / counts.sum()
+
+    assert share_called_dog(plain) + 0.1 < share_called_dog(balanced)
+
+
+def test_float64_is_computed_and_saved_in_float64(tmp_path):
+    run(tmp_path / "run", "--max_steps", 2, "--dtype", "float64", "--mixup_alpha", 0.5)
+    assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float64}
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["dtype"] == "float64"
+
+
+def test_tensorboard_holds_every_row_of_the_metrics(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path / "run", "--max_steps", 4, "--logging_steps", 2, "--report_to", "tensorboard")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    for row in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        for name, value in row.items():
+            if name != "step":
+                assert (row["step"], pytest.approx(value)) in [(e.step, e.value) for e in events.Scalars(name)]
+    assert {"loss", "learning_rate", "grad_norm", "images_per_second", "data_wait", "eval_accuracy"} <= {
+        *events.Tags()["scalars"]
+    }
+
+
+def test_what_a_tracker_says_against_starting_is_one_line(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    def refuse(*_, **__):
+        raise RuntimeError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", refuse)
+    with pytest.raises(UserError, match="--report_to tensorboard: No API key configured"):
+        run(tmp_path / "run", "--max_steps", 1, "--report_to", "tensorboard")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--mixup_prob", "0.5"], "--mixup_prob has no effect here: it goes with --mixup_alpha or --cutmix_alpha"),
+        (["--mixup_switch_prob", "0.5", "--mixup_alpha", "1"], "--mixup_switch_prob has no effect here"),
+        (["--randaugment_magnitude", "5"], "it goes with --auto_augment randaugment"),
+        (["--momentum", "0.8"], "it goes with --optim sgd or muon"),
+        (["--adam_beta1", "0.8", "--optim", "sgd"], "SGD has neither betas nor epsilon"),
+        (["--lr_gamma", "0.5"], "it goes with --lr_scheduler_type multi_step"),
+        (["--min_lr_rate", "0.1", "--lr_scheduler_type", "constant"], "a constant rate never falls"),
+        (["--balanced_sampler", "true", "--streaming", "true"], "--class_weights balanced works there"),
+        (["--tf32", "true"], "--tf32 has no effect here: the device is cpu, not CUDA"),
+        (["--early_stopping_patience", "2", "--train_val_split", "0"], "there is no validation split"),
+        (["--time_budget", "soon"], "--time_budget takes a time such as"),
+        (["--random_resized_crop_scale", "0.5", "--random_resized_crop_ratio", "2,1"], "the least and the greatest"),
+    ],
+)
+def test_a_flag_that_could_not_change_the_run_is_an_error(flags, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "run", "--max_steps" if "--time_budget" not in flags else "--seed", 1, *flags)
