@@ -46,12 +46,10 @@ class Group(NamedTuple):
     @property
     def note(self) -> str:
         """What a reader must know before trusting the row: seeds that failed or are missing; else empty."""
-        failed = [run for run in self.runs if run["status"] == "failed"]
-        waiting = sum(run["status"] == "waiting" for run in self.runs)
+        counts = {status: sum(run["status"] == status for run in self.runs) for status in ("failed", "waiting")}
         if len(self.runs) == 1:
-            return f"failed: {failed[0]['note']}" if failed else "waiting" if waiting else ""
-        parts = [f"{len(failed)} of {len(self.runs)} seeds failed: {failed[0]['note']}"] if failed else []
-        return "; ".join(parts + ([f"{waiting} of {len(self.runs)} seeds waiting"] if waiting else []))
+            return next((status for status, count in counts.items() if count), "")
+        return ", ".join(f"{count} of {len(self.runs)} seeds {status}" for status, count in counts.items() if count)
 
 
 def spread(values: list[float]) -> Spread:
@@ -125,7 +123,7 @@ def score_columns(metric: str) -> list[str]:
 
 
 def table(record: Record) -> str:
-    """The ranking as a Markdown table: the swept fields, the scores, the costs, a note."""
+    """The ranking as a Markdown table: the swept fields, the scores, the costs, a note; below it why runs failed."""
     fields = [name for axis in record["axes"] for name in axis["names"]]
     scores = score_columns(record["metric"])
     heads = [name.replace("_", " ", 1) for name in scores] + ["train seconds", "steps", "images/s"]
@@ -143,7 +141,8 @@ def table(record: Record) -> str:
         for row in rows
     ]
     rule = "|" + "|".join("-" * (w + 2) if t else "-" * (w + 1) + ":" for w, t in zip(widths, is_text)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    failures = [printable(f"- {r['name']} failed: {r['note']}") for r in record["runs"] if r["status"] == "failed"]
+    return "\n".join([lines[0], rule, *lines[1:], *([""] if failures else []), *failures])
 
 
 def markdown(record: Record) -> str:
@@ -223,7 +222,8 @@ def sweep_figure(record: Record, theme: Theme) -> Figure | None:
         draw_bars(axes, record["metric"], scored[:MOST_BARS], theme)
         title += f", the best {MOST_BARS} of {len(scored)}" if len(scored) > MOST_BARS else ""
     if len(record["seeds"] or []) > 1:
-        title += f", mean and deviation over {len(record['seeds'])} seeds"
+        seeds = f"mean and deviation over {len(record['seeds'])} seeds"
+        axes.set_xlabel(", ".join(filter(None, [axes.get_xlabel(), seeds])), color=theme.muted, fontsize=9)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=theme.text)
     return figure
 
@@ -252,7 +252,9 @@ def draw_lines(axes: Axes, record: Record, groups: list[Group], field: str, them
         axes.set_xscale("log")
     axes.set_xticks(points, [value_text(point) for point in points])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(field + (" (× failed)" if any(g.tier == FAILED for g in groups) else ""), color=theme.muted)
+    axes.set_xlabel(
+        field + (" (× failed)" if any(g.tier == FAILED for g in groups) else ""), color=theme.muted, fontsize=9
+    )
     axes.yaxis.set_major_formatter(_score_formatter(metric))
     axes.grid(color=theme.grid, linewidth=0.8)
     if others:
@@ -271,7 +273,7 @@ def draw_bars(axes: Axes, metric: str, groups: list[Group], theme: Theme):
     axes.set_yticks(places, [printable(values_text(group.values)) for group in groups], fontsize=8, color=theme.text,
                     parse_math=False)  # fmt: skip
     axes.invert_yaxis()
-    axes.margins(x=0.25)
+    axes.margins(x=0.35)  # room for the scores beside the bars
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(_score_formatter(metric))
     axes.grid(axis="x", color=theme.grid, linewidth=0.8)

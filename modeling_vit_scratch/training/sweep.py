@@ -6,6 +6,7 @@ are shown, a broken-off one goes on from its checkpoint. Every combination is ch
 
 import gc
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def open_sweep(plan: Plan) -> dict[str, Any]:
             record["runs"] = [_found(plan, run, old) for run in record["runs"]]
         plan.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
-    except (json.JSONDecodeError, KeyError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); start afresh with --overwrite_output_dir.") from error
     except OSError as error:
         raise UserError(f"--output_dir {plan.folder} cannot be used: {error}.") from error
@@ -106,7 +107,7 @@ def sweep(plan: Plan) -> dict[str, Any]:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as Accelerator reads it
     check_launch(state.num_processes)
     record = agree(state, lambda: open_sweep(plan))
-    with _one_process_group(state), _sigterm_as_interrupt():
+    with _one_process_group(), _sigterm_as_interrupt():
         for number, run in enumerate(plan.runs):
             heading = f"[{number + 1}/{len(plan.runs)}] {run.name}"
             if record["runs"][number]["status"] == "waiting":
@@ -116,6 +117,7 @@ def sweep(plan: Plan) -> dict[str, Any]:
                 except (loop.Interrupted, KeyboardInterrupt) as stop:
                     raise loop.Interrupted(_stop_text(plan, heading, stop)) from stop
                 record["runs"][number] |= outcome
+                _check_has_validation(record["runs"][number], record["metric"])
                 if state.is_main_process:
                     write_json(plan.folder / RECORD, record)
                     (plan.folder / "sweep.md").write_text(markdown(record), encoding="utf-8")
@@ -123,7 +125,7 @@ def sweep(plan: Plan) -> dict[str, Any]:
                     state.print(f"\n{table(record)}", flush=True)
             else:
                 state.print(f"{heading}: {record['runs'][number]['status']} before", flush=True)
-            _check_has_validation(record["runs"][number], record["metric"])
+                _check_has_validation(record["runs"][number], record["metric"])
     if state.is_main_process:
         write_sweep(plan.folder, record)
         write_json(plan.folder / RECORD, record)
@@ -141,6 +143,7 @@ def run_one(plan: Plan, record: dict[str, Any], run: Run, state: PartialState) -
     """
     if run.recipe.torch_compile:
         torch.compiler.reset()  # else the eighth network of a sweep runs uncompiled: torch's recompile limit
+    torch.set_float32_matmul_precision("highest")  # torch's default, which --tf32 true of an earlier run lowered
     try:
         return finished(loop.train(run.recipe, run.chosen))
     except UserError as error:
@@ -176,17 +179,19 @@ def _stop_text(plan: Plan, heading: str, stop: BaseException) -> str:
 
 
 @contextmanager
-def _one_process_group(state: PartialState) -> Iterator[None]:
-    """Keeps the processes connected from run to run: `train` ends by taking its group of processes down.
+def _one_process_group() -> Iterator[None]:
+    """Keeps the processes connected from run to run: `train` ends with `end_training`, which disconnects them.
 
-    accelerate 1 leaves the group to the outside where `fork_launched` says that a notebook launched the processes.
+    accelerate 1 leaves the group alone where FORK_LAUNCHED says that a notebook started the processes.
     """
-    before, state.fork_launched = state.fork_launched, True
+    before = os.environ.get("FORK_LAUNCHED")
+    os.environ["FORK_LAUNCHED"] = "1"
     try:
         yield
     finally:
-        state.fork_launched = before
-    state.wait_for_everyone()
+        del os.environ["FORK_LAUNCHED"]
+        if before is not None:
+            os.environ["FORK_LAUNCHED"] = before
 
 
 @contextmanager
@@ -209,6 +214,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     def act():
         sweep(parse_sweep(arguments))
-        PartialState().destroy_process_group()
+        PartialState().destroy_process_group()  # reads FORK_LAUNCHED again
 
     return exit_code(act)
