@@ -15,10 +15,14 @@ from transformers.processing_utils import ImagesKwargs
 def pil_to_channels(image: Any, num_channels: int) -> Any:
     """The PIL image with one grey channel (num_channels=1), three RGB channels (3), or as it is (other numbers).
 
-    Sixteen-bit grey is brought to eight bits by its high byte: PIL's own conversion turns all above 255 white.
+    Transparency is dropped, as transformers drops it: the colour that was stored below it shows. Sixteen-bit grey is
+    brought to eight bits by its high byte (a value above 65,535 is white): PIL's own conversion turns all above 255
+    white. Fractions (mode F) count from 0 to 255; what lies outside is cut off.
     """
     if num_channels not in (1, 3):
         return image
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours; straight to RGB, PIL warns
     if image.mode.startswith("I"):  # I;16, I;16B, I: 16-bit grey of PNG and TIFF
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     mode = "L" if num_channels == 1 else "RGB"

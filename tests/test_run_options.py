@@ -10,7 +10,9 @@ from test_run_train import equal, metrics, run, weights
 
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.training import loop
+from modeling_vit_scratch.training.recipes import RECIPES
 from modeling_vit_scratch.training.recording import read_metrics
+from modeling_vit_scratch.training.schedules import learning_rate_at
 from modeling_vit_scratch.training.time_budget import Rehearsal
 
 EVERYTHING = [
@@ -102,9 +104,11 @@ def test_a_resumed_budget_keeps_its_number_of_steps(tmp_path, monkeypatch):
 
 
 def test_a_budget_ends_with_its_schedule_at_the_end(tmp_path):
-    run(tmp_path / "run", "--time_budget", "5s", "--logging_steps", 5)
+    results = run(tmp_path / "run", "--time_budget", "5s")
     rates = [row["learning_rate"] for row in metrics(tmp_path / "run") if "learning_rate" in row]
-    assert rates[-1] < 0.01 * max(rates)
+    steps = results["steps"]
+    assert rates[-1] == learning_rate_at(steps - 1, steps, RECIPES["digits"])
+    assert learning_rate_at(steps, steps, RECIPES["digits"]) == 0.0
 
 
 @pytest.mark.parametrize("optim", ["adamw", "muon"])

@@ -7,22 +7,27 @@ these rows of that shard (`read`). Nothing is decoded here.
 import os
 import tarfile
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
-import fsspec
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
+from .remote import is_remote, note, open_shard, retried
+
+Result = TypeVar("Result")
 
 # Encoded bytes of row groups kept per process, so that lanes that read one row group share it (CIFAR-10 and MNIST on
 # the Hub are one row group a split: 120 MB and 20 MB).
 ROW_GROUP_CACHE_BYTES = 512 * 1024**2
+NUM_FOOTERS_AT_ONCE = 16
+LONG_SECONDS = 10  # reading footers is announced after this
 
 
 @dataclass
@@ -87,55 +92,90 @@ def encoded_image(cell: Any) -> bytes | str:
     return cell
 
 
+def read_footer(url: str) -> pq.FileMetaData:
+    """What a parquet shard says of itself at its end. Raises UserError for one that is not there or not whole."""
+    return _read_parquet(url, "its footer", None, lambda file: file.metadata)
+
+
+def _read_parquet(
+    url: str, what: str, footer: pq.FileMetaData | None, read: Callable[[pq.ParquetFile], Result]
+) -> Result:
+    """What `read` makes of the shard, opened anew at each try, since a handle that failed may give stale bytes."""
+
+    def once() -> Result:
+        with open_shard(url) as handle:
+            return read(pq.ParquetFile(handle, metadata=footer))
+
+    try:
+        return retried(once, url)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"Shard {url}: {what} cannot be read as parquet: {' '.join(str(error).split())}") from error
+
+
+def read_footers(urls: list[str]) -> list[pq.FileMetaData]:
+    """The footers of shards in their order: remote ones several at a time, and said where it takes long."""
+    footers = [read_footer(urls[0])] if urls else []  # alone: where the Hub is out of reach, one line says so
+    with ThreadPoolExecutor(NUM_FOOTERS_AT_ONCE if any(map(is_remote, urls)) else 1) as pool:
+        waiting = [pool.submit(read_footer, url) for url in urls[1:]]
+        started, is_said = time.monotonic(), False
+        try:
+            for future in waiting:
+                footers.append(future.result())
+                if not is_said and time.monotonic() - started > LONG_SECONDS:
+                    note(f"Reading how many rows each of {len(urls)} shards has: {len(footers)} are done.")
+                    is_said = True
+        except UserError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return footers
+
+
 class ParquetExamples:
     """Parquet shards, local or on the Hub, read by row group without decoding.
 
     pyarrow reads them rather than `datasets.IterableDataset`, whose shuffle buffer loses and repeats rows on resume
-    (datasets issue 7901) and which cannot start in the middle of a shard.
+    (datasets issue 7901) and which cannot start in the middle of a shard. No file stays open between reads: the
+    footers are kept, so that opening one again costs the Hub no request, and a read-ahead buffer is as large as its
+    row group. Raises UserError, naming the shard, for what cannot be read.
     """
 
     def __init__(self, urls: list[str], image_column: str, label_column: str):
         self.urls, self.image_column, self.label_column = urls, image_column, label_column
-        self._forget_handles()
+        self._forget_rows()
+        self.footers = read_footers(urls)
         self.row_group_ends = []
-        for shard in range(len(urls)):
-            metadata = self._file(shard).metadata
-            sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+        for footer in self.footers:
+            sizes = [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
             self.row_group_ends.append(np.cumsum(sizes, dtype=np.int64))
         self.shard_sizes = [int(ends[-1]) if len(ends) else 0 for ends in self.row_group_ends]
 
-    def _forget_handles(self):
+    def _forget_rows(self):
         self._process = os.getpid()
         self._cache: OrderedDict[tuple[int, int], tuple[Any, Any]] = OrderedDict()
-        self._files: dict[int, pq.ParquetFile] = {}
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_process", "_cache", "_files", "_lock")  # a worker opens its own
+        own = ("_process", "_cache", "_lock")  # a worker reads its own
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]):
         self.__dict__.update(state)
-        self._forget_handles()
-
-    def _file(self, shard: int) -> pq.ParquetFile:
-        if shard not in self._files:
-            try:
-                handle = fsspec.open(self.urls[shard], "rb").open()
-                self._files[shard] = pq.ParquetFile(handle)
-            except Exception as error:
-                raise UserError(f"Shard {self.urls[shard]} cannot be read as parquet: {error}") from error
-        return self._files[shard]
+        self._forget_rows()
 
     def _row_group(self, shard: int, group: int) -> tuple[Any, Any]:
         key = (shard, group)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        try:
-            table = self._file(shard).read_row_group(group, columns=[self.image_column, self.label_column])
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"Shard {self.urls[shard]}: row group {group} cannot be read: {error}") from error
+        names = [self.image_column, self.label_column]
+        table = _read_parquet(
+            self.urls[shard],
+            f"row group {group}",
+            self.footers[shard],
+            lambda file: file.read_row_group(group, columns=names),
+        )
         columns = table.column(self.image_column), table.column(self.label_column)
         self._cache[key] = columns
         while len(self._cache) > 1 and sum(c.nbytes for c, _ in self._cache.values()) > ROW_GROUP_CACHE_BYTES:
@@ -144,7 +184,7 @@ class ParquetExamples:
 
     def read(self, shard: int, rows: Sequence[int]) -> list[Example]:
         if self._process != os.getpid():
-            self._forget_handles()  # a forked worker shares file offsets with its parent
+            self._forget_rows()  # a forked worker may have been given a lock that is held
         rows = np.asarray(rows, dtype=np.int64)
         ends = self.row_group_ends[shard]
         groups = np.searchsorted(ends, rows, side="right")
@@ -162,11 +202,11 @@ class ParquetExamples:
 
     def labels(self) -> list[Any]:
         """Every label in shard order: reads the label column alone."""
-        return [
-            label
-            for shard in range(len(self.urls))
-            for label in self._file(shard).read(columns=[self.label_column]).column(0).to_pylist()
-        ]
+        labels: list[Any] = []
+        for url, footer in zip(self.urls, self.footers, strict=True):
+            table = _read_parquet(url, "its labels", footer, lambda file: file.read(columns=[self.label_column]))
+            labels += table.column(0).to_pylist()
+        return labels
 
 
 class TarExamples:

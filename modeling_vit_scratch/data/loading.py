@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from ..errors import UserError
+from .class_mix import ClassMix
 from .decoding import Decoder
 from .examples import Example
 from .order import BalancedOrder, ResidentOrder, StreamOrder
@@ -26,8 +27,9 @@ RESIDENT_BYTES = 2 * 1024**3  # sets that decode to no more than this are decode
 class Batch:
     """What one rank computes of a step's global batch.
 
-    images uint8 (B, C, H, W); labels int64 (B,); positions int64 (B,): where each stands in the global batch, or, in
-    evaluation, in the split. Positions stay on the CPU, where the draws are made.
+    images uint8 (B, C, H, W); labels int64 (B,), or float32 (B, K) of 0 and 1 where an image has any number of classes;
+    positions int64 (B,): where each stands in the global batch, or, in evaluation, in the split. Positions stay on the
+    CPU, where the draws are made.
     """
 
     images: torch.Tensor
@@ -45,8 +47,16 @@ class Batch:
         return len(self.labels)
 
 
+def label_tensor(source: Source, examples: list[Example]) -> torch.Tensor:
+    """The labels of a batch: class ids int64 (B,), or rows of 0 and 1, float32 (B, K)."""
+    if source.is_multi_label:
+        rows = [source.label_vector(example.label, example.name) for example in examples]
+        return torch.from_numpy(np.stack(rows))
+    return torch.tensor([source.label_id(example.label, example.name) for example in examples], dtype=torch.int64)
+
+
 def decode_all(source: Source, split: Split, decoder: Decoder, num_threads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every image of a split as one uint8 tensor (N, C, H, W), and the labels (N,)."""
+    """Every image of a split as one uint8 tensor (N, C, H, W), and the labels (N,) or (N, K)."""
     decoded, labels = [], []
     with ThreadPoolExecutor(num_threads) as pool:  # PIL releases the interpreter while it decodes
         for shard in range(len(split.shard_sizes)):
@@ -54,8 +64,8 @@ def decode_all(source: Source, split: Split, decoder: Decoder, num_threads: int)
             for start in range(0, len(rows), 1024):
                 examples = split.examples.read(shard, rows[start : start + 1024])
                 decoded.append(torch.stack(list(pool.map(decoder, examples))))
-                labels += [source.label_id(example.label, example.name) for example in examples]
-    return torch.cat(decoded), torch.tensor(labels, dtype=torch.int64)
+                labels.append(label_tensor(source, examples))
+    return torch.cat(decoded), torch.cat(labels)
 
 
 class ResidentImages:
@@ -97,8 +107,7 @@ class RowReader:
 
 
 def collate(source: Source, examples: list[Example], images: list[torch.Tensor], positions: np.ndarray) -> Batch:
-    labels = [source.label_id(example.label, example.name) for example in examples]
-    return Batch(torch.stack(images), torch.tensor(labels, dtype=torch.int64), torch.from_numpy(positions))
+    return Batch(torch.stack(images), label_tensor(source, examples), torch.from_numpy(positions))
 
 
 class _StepDataset(Dataset):
@@ -211,8 +220,11 @@ class TrainingData:
         self.batch_size, self.rank, self.world_size, self.num_workers = batch_size, rank, world_size, num_workers
         self.reader = RowReader(source, self.split, decoder)
         self.resident: ResidentImages | None = None
+        self.class_mix: ClassMix | None = None
         if source.streaming:
             self.order = StreamOrder(self.split.shard_sizes, seed, num_lanes, window)
+            if rank == 0 and not source.is_multi_label:
+                self.class_mix = ClassMix(self.order, len(source.class_names))
         else:
             self.order = ResidentOrder(len(self.split), seed)
             if is_balanced:
@@ -233,7 +245,10 @@ class TrainingData:
             yield from _load(dataset, self.num_workers, sampler=steps)
         else:
             shared = (self.order, self.batch_size, steps, self.rank, self.world_size)
-            yield from self._merge(_StreamDataset(self.reader, *shared))
+            for step, batch in zip(steps, self._merge(_StreamDataset(self.reader, *shared)), strict=True):
+                if self.class_mix is not None:
+                    self.class_mix.watch(step, self.batch_size, batch.labels, batch.positions)
+                yield batch
 
     def is_interleaved(self, step: int) -> bool:
         """Whether every rank holds each `world_size`-th position of the step's batch, which a stream's lanes, shared
@@ -282,6 +297,8 @@ class EvaluationData:
         num_threads: int = 1,
     ):
         self.split, self.batch_size, self.num_workers = split, batch_size, num_workers
+        self.label_shape = (len(source.class_names),) if source.is_multi_label else ()
+        self.label_dtype = torch.float32 if source.is_multi_label else torch.int64
         self.rank, self.world_size = rank, world_size
         self.reader = RowReader(source, split, decoder)
         self.resident: ResidentImages | None = None

@@ -3,27 +3,26 @@
 `open_source` finds columns, labels and splits and says, in one line, what it could not decide.
 """
 
-import contextlib
-import logging
 import os
-from collections import Counter
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
 import numpy as np
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from ..errors import UserError, unknown
-from .examples import ArrayExamples, Examples, FolderExamples, ParquetExamples, TableExamples, TarExamples
+from .examples import ArrayExamples, Examples, FolderExamples, ParquetExamples, TableExamples, TarExamples, read_footer
+from .folders import SPLIT_NAMES, open_folders
+from .labels import class_counts, classes_of, multi_label_holdout
+from .listing import some
 from .order import hash_holdout, stratified_holdout
+from .remote import hub_errors, load_builder, note, quiet_hub
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")  # in this order, where features alone do not decide
-SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+LISTS = (datasets.List, datasets.LargeList)  # column types of several labels an image
 
 
 @dataclass(frozen=True)
@@ -79,13 +78,22 @@ class _FixedMask:
 
 
 class _HashMask:
-    """The mask of rows that hash(seed, shard, row) gives to validation, or, inverted, to training."""
+    """The mask of rows that hash(seed, shard, row) gives to validation, or, inverted, to training, `within` a mask."""
 
-    def __init__(self, shard_sizes: list[int], rate: float, seed: int, inverted: bool):
+    def __init__(
+        self,
+        shard_sizes: list[int],
+        rate: float,
+        seed: int,
+        inverted: bool,
+        within: Callable[[int], np.ndarray] | None = None,
+    ):
         self.shard_sizes, self.rate, self.seed, self.inverted = shard_sizes, rate, seed, inverted
+        self.within = within
 
     def __call__(self, shard: int) -> np.ndarray:
-        return hash_holdout(self.seed, shard, self.shard_sizes[shard], self.rate) ^ self.inverted
+        mask = hash_holdout(self.seed, shard, self.shard_sizes[shard], self.rate) ^ self.inverted
+        return mask if self.within is None else mask & self.within(shard)
 
 
 @dataclass
@@ -99,6 +107,8 @@ class Source:
     streaming: bool
     held_out: bool = False  # the validation split was taken out of the training split
     repository: str | None = None  # on the Hub, where it came from there
+    is_multi_label: bool = False  # an image has any number of classes
+    notes: list[str] = field(default_factory=list)  # what a person would want to know of the data before training
 
     def label_id(self, label: Any, where: str) -> int:
         """The class id of a raw label. Raises UserError, naming the row, for one that is not among the classes."""
@@ -110,15 +120,47 @@ class Source:
             f"({', '.join(self.class_names[:5])}{', ...' if len(self.class_names) > 5 else ''})."
         )
 
+    def label_set(self, label: Any, where: str) -> tuple[int, ...]:
+        """The class ids, ascending, of an image that has any number of classes; `label` is their list.
+
+        Raises UserError, naming the row, for what is no list, and for a class that is unknown or there twice.
+        """
+        if not isinstance(label, (list, tuple)):
+            raise UserError(f"{where} has the label {label!r}; expected a list of classes, as the other images have.")
+        ids = sorted(self.label_id(one, where) for one in label)
+        if len(set(ids)) < len(ids):
+            raise UserError(
+                f"{where} has a class more than once in {list(label)!r:.80}; expected the classes of the image, "
+                "not a row of 0 and 1."
+            )
+        return tuple(ids)
+
+    def label_vector(self, label: Any, where: str) -> np.ndarray:
+        """1 for each class of an image that has any number of them, else 0, float32 (K,). Errors as `label_set`."""
+        vector = np.zeros(len(self.class_names), dtype=np.float32)
+        vector[list(self.label_set(label, where))] = 1
+        return vector
+
     def label_ids_of(self, split_name: str) -> np.ndarray:
-        """The class id of every sample of a split (N,), in the split's own order; reads labels, decodes nothing."""
+        """The class id of every sample of a split (N,), in the split's own order; reads labels, decodes nothing.
+
+        Raises UserError where images have several classes.
+        """
+        if self.is_multi_label:
+            raise UserError(f"{self.name} has several classes an image; what counts images by their class needs one.")
+        return np.array([self.label_id(*labelled) for labelled in self._labels_of(split_name)], dtype=np.int64)
+
+    def label_sets_of(self, split_name: str) -> list[tuple[int, ...]]:
+        """The class ids of every sample of a split whose images have any number of them, in the split's own order."""
+        return [self.label_set(*labelled) for labelled in self._labels_of(split_name)]
+
+    def _labels_of(self, split_name: str) -> Iterator[tuple[Any, str]]:
         split = self.splits[split_name]
-        ids = np.array(
-            [self.label_id(label, f"{self.name} row {row}") for row, label in enumerate(split.examples.labels())]
-        )
+        labels = split.examples.labels()
         starts = np.cumsum([0, *split.examples.shard_sizes])
-        rows = [starts[shard] + split.rows(shard) for shard in range(len(split.shard_sizes))]
-        return ids[np.concatenate(rows)]
+        for shard in range(len(split.shard_sizes)):
+            for row in (starts[shard] + split.rows(shard)).tolist():
+                yield labels[row], f"{self.name} row {row}"
 
 
 def open_source(
@@ -135,7 +177,8 @@ def open_source(
 ) -> Source:
     """The source that the flags of the same names describe. Raises UserError for what cannot be found or decided."""
     if train_dir is not None:
-        source = _open_folders(train_dir, validation_dir, test_dir, streaming)
+        given = {"train": train_dir, "validation": validation_dir, "test": test_dir}
+        source = _open_folders(given, label_column_name, streaming)
     elif dataset_name == "digits":
         source = _open_digits(streaming)
     else:
@@ -146,24 +189,60 @@ def open_source(
         )
     if not len(source.splits["train"]):
         raise UserError(f"{source.name}: the training split is empty.")
-    if "validation" not in source.splits and train_val_split > 0:
-        _hold_out(source, train_val_split, seed)
+    hold_out(source, train_val_split, seed)
     return source
 
 
-def _hold_out(source: Source, rate: float, seed: int):
-    examples = source.splits["train"].examples
-    if source.streaming:
-        sizes = list(examples.shard_sizes)
-        masks = {name: _HashMask(sizes, rate, seed, inverted=name == "train") for name in ("train", "validation")}
-    else:
-        held_out = stratified_holdout(source.label_ids_of("train"), rate, seed)
-        masks = {"train": _FixedMask(~held_out), "validation": _FixedMask(held_out)}
+def hold_out(source: Source, rate: float, seed: int):
+    """Takes a validation split out of the training split, where there is none and the rate is not 0.
+
+    Rows that a mask has left out of the training split before belong to neither. Resident sets then hold out what they
+    would without these rows; a stream's rows are judged by their place in the shard, whatever else lies there. Folders,
+    whose labels are known beforehand, are held out of alike either way; each class keeps an image in training.
+    """
+    if "validation" in source.splits or rate == 0:
+        return
+    train = source.splits["train"]
+    examples, sizes = train.examples, list(train.examples.shard_sizes)
+    if source.streaming and not isinstance(examples, FolderExamples):
+        masks = {
+            name: _HashMask(sizes, rate, seed, inverted=name == "train", within=train.mask_of_shard)
+            for name in ("train", "validation")
+        }
+    else:  # one shard
+        num_labels = len(source.class_names)
+        if source.is_multi_label:
+            label_sets = source.label_sets_of("train")
+            is_held_out = multi_label_holdout(label_sets, num_labels, rate, seed)
+        else:
+            label_ids = source.label_ids_of("train")
+            label_sets = label_ids[:, None].tolist()
+            is_held_out = stratified_holdout(label_ids, rate, seed)
+        source.notes += _too_few_notes(source.class_names, label_sets, is_held_out)
+        masks = {}
+        for name, wanted in (("train", ~is_held_out), ("validation", is_held_out)):
+            mask = np.zeros(sizes[0], dtype=bool)
+            mask[train.rows(0)[wanted]] = True
+            masks[name] = _FixedMask(mask)
     splits = {name: Split(examples, mask) for name, mask in masks.items()}
     if len(splits["validation"]) == 0:
         return  # too few images to hold any out
     source.splits.update(splits)
     source.held_out = True
+
+
+def _too_few_notes(class_names: list[str], label_sets: list[Any], is_held_out: np.ndarray) -> list[str]:
+    """A line on the classes of which no image is held out; none where each has one."""
+    counts = class_counts(label_sets, len(class_names))
+    held_out = class_counts([label_sets[row] for row in np.flatnonzero(is_held_out)], len(class_names))
+    few = np.flatnonzero((counts > 0) & (held_out == 0))
+    if len(few) == 0:
+        return []
+    names = some(f"{class_names[label]!r} ({counts[label]})" for label in few)
+    return [
+        f"{len(few)} of the {len(class_names)} classes have too few training images to hold one out for validation: "
+        f"{names}."
+    ]
 
 
 # ---------------------------------------------------------------- scikit-learn's digits
@@ -187,44 +266,14 @@ def _open_digits(streaming: bool) -> Source:
 # ---------------------------------------------------------------- folders of images
 
 
-def _open_folders(train_dir: str, validation_dir: str | None, test_dir: str | None, streaming: bool) -> Source:
-    found = {}
-    for name, folder in (("train", train_dir), ("validation", validation_dir), ("test", test_dir)):
-        if folder is not None:
-            found[name] = _index_folder(folder, f"--{name}_dir")
-    class_names = sorted(set(found["train"][1]))
-    for name, (_, labels) in found.items():
-        strangers = sorted(set(labels) - set(class_names))
-        if strangers:
-            raise UserError(
-                f"The {name} folder has the class {strangers[0]!r}, which the training folder has not "
-                f"({', '.join(class_names[:10])}); rename it, or add training images of it."
-            )
-    splits = {name: Split(FolderExamples(*paths_and_labels)) for name, paths_and_labels in found.items()}
-    label_ids = {name: index for index, name in enumerate(class_names)}
-    return Source(Path(train_dir).name, splits, class_names, label_ids, streaming)
-
-
-def _index_folder(folder: str, flag: str) -> tuple[list[str], list[str]]:
-    """Paths of the images below `folder`, sorted, and the name of the first folder below it that each lies in."""
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise UserError(f"{flag} {folder}: there is no such folder.")
-    paths, labels = [], []
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        if entry.name.startswith(".") or not entry.is_dir():
-            continue
-        for directory, subfolders, files in os.walk(entry.path):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            images = sorted(f for f in files if f.lower().endswith(IMAGE_ENDINGS) and not f.startswith("."))
-            paths += [os.path.join(directory, name) for name in images]
-            labels += [entry.name] * len(images)
-    if not paths:
-        raise UserError(
-            f"{flag} {folder}: there are no images in folders below it; expected {folder}/<class>/<image>.jpg "
-            f"(endings: {' '.join(IMAGE_ENDINGS)})."
-        )
-    return paths, labels
+def _open_folders(given: dict[str, str | None], label_column: str | None, streaming: bool) -> Source:
+    found = open_folders(given, label_column)
+    splits = {name: Split(examples) for name, examples in found.examples.items()}
+    name = Path(str(given["train"])).name
+    return Source(
+        name, splits, found.class_names, found.label_ids, streaming,
+        is_multi_label=found.is_multi_label, notes=found.notes,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- Hub repositories, and local folders in their layout
@@ -239,7 +288,7 @@ def _open_table(
 ) -> Source:
     row, location = _locate(dataset_name)
     config_name = config_name or row.config_name
-    builder = _load_builder(location, config_name)
+    builder = load_builder(location, config_name)
     files = {str(split): list(urls) for split, urls in builder.config.data_files.items()}
     kind = type(builder).__module__.rpartition(".")[2]
     if kind.endswith("folder"):
@@ -255,32 +304,44 @@ def _open_table(
             raise UserError(
                 f"{dataset_name} is a webdataset: streamed, its images and .cls labels need no column names."
             )
-        local = [url for split in used.values() for url in files[split] if not os.path.exists(url)]
-        if local:
-            raise UserError(f"{dataset_name}: webdataset shards are streamed from a local folder only, not {local[0]}.")
+        remote = [url for split in used.values() for url in files[split] if not os.path.exists(url)]
+        if remote:
+            raise UserError(
+                f"{dataset_name} is a webdataset on the Hub: a stream needs its length, which remote tar files do not "
+                f"tell. Fetch it first (hf download {dataset_name} --repo-type dataset --local-dir FOLDER, then "
+                "--dataset_name FOLDER), or use --streaming false, or a copy in parquet."
+            )
         examples = {ours: TarExamples(files[split]) for ours, split in used.items()}
         columns = ("image", "label")
         features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     elif streaming:
         if kind != "parquet":
-            raise UserError(f"{dataset_name} is stored as {kind}; --streaming true reads parquet and webdataset.")
-        with _hub_errors(str(dataset_name)):
+            raise UserError(
+                f"{dataset_name} is stored as {kind}; --streaming true reads parquet and webdataset. "
+                "Use --streaming false, or a copy in parquet."
+            )
+        with hub_errors(str(dataset_name)), quiet_hub():
             features = _parquet_features(files[used["train"]][0])
-        columns = find_columns(features, image_column, label_column, dataset_name)
-        with _quiet_hub():
+            columns = find_columns(features, image_column, label_column, dataset_name)
             examples = {ours: ParquetExamples(files[split], *columns) for ours, split in used.items()}
+            _compare_with_card(dataset_name, builder.info.splits, used, examples)
     else:
-        with _hub_errors(dataset_name), _quiet_hub():
+        with hub_errors(dataset_name), quiet_hub():
             tables = {ours: datasets.load_dataset(location, config_name, split=s) for ours, s in used.items()}
         features = tables["train"].features
         columns = find_columns(features, image_column, label_column, dataset_name)
         examples = {
             ours: TableExamples(table, *columns, f"{Path(dataset_name).name} {ours}") for ours, table in tables.items()
         }
-    class_names, label_ids = _classes(features[columns[1]], examples["train"])
+    feature = features[columns[1]]
+    is_multi_label = isinstance(feature, LISTS)
+    class_names, label_ids = _classes(feature.feature if is_multi_label else feature, examples["train"], is_multi_label)
     splits = {ours: Split(found) for ours, found in examples.items()}
     repository = None if os.path.isdir(location) else location
-    return Source(str(dataset_name), splits, class_names, label_ids, streaming, repository=repository)
+    return Source(
+        str(dataset_name), splits, class_names, label_ids, streaming,
+        repository=repository, is_multi_label=is_multi_label,
+    )  # fmt: skip
 
 
 def _locate(dataset_name: str | None) -> tuple[DatasetRow, str]:
@@ -307,11 +368,19 @@ def _split_name(ours: str, row: DatasetRow, available: list[str]) -> str | None:
 
 
 def _parquet_features(url: str) -> datasets.Features:
-    import fsspec
-    import pyarrow.parquet as pq
+    return datasets.Features.from_arrow_schema(read_footer(url).schema.to_arrow_schema())
 
-    with fsspec.open(url, "rb") as file:
-        return datasets.Features.from_arrow_schema(pq.read_schema(file))
+
+def _compare_with_card(name: str | None, stated: Any, used: dict[str, str], examples: dict[str, ParquetExamples]):
+    """Says where a stream's files hold another number of rows than the repository's card: a file may be missing."""
+    for ours, split in used.items():
+        expected = getattr((stated or {}).get(split), "num_examples", None)
+        found = sum(examples[ours].shard_sizes)
+        if expected and expected != found:
+            note(
+                f"{name}: its card says {expected:,} {split} rows, its files hold {found:,}; all of those are used. "
+                "A file may be missing, or the card is out of date."
+            )
 
 
 def find_columns(
@@ -332,7 +401,9 @@ def find_columns(
             raise UserError(f"{name} has {found}: name it with --image_column_name. It has: {listing}.")
         image_column = images[0]
     if label_column is None:
-        labels = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        kinds = {column: _kind(feature) for column, feature in features.items()}
+        labels = [column for column, kind in kinds.items() if re.fullmatch(r"\d+ classes", kind)]
+        labels = labels or [column for column, kind in kinds.items() if re.fullmatch(r"list of \d+ classes", kind)]
         if len(labels) != 1:
             known = [column for column in LABEL_COLUMNS if column in features]
             if not known:
@@ -348,76 +419,14 @@ def _kind(feature: Any) -> str:
         return "image"
     if isinstance(feature, datasets.ClassLabel):
         return f"{feature.num_classes} classes"
+    if isinstance(feature, LISTS):
+        return f"list of {_kind(feature.feature)}"
     return getattr(feature, "dtype", type(feature).__name__)
 
 
-def _classes(feature: Any, examples: Examples) -> tuple[list[str], dict[Any, int] | None]:
-    """Class names and the map from raw labels to ids, from the label column's type or else from the labels."""
+def _classes(feature: Any, examples: Examples, is_multi_label: bool) -> tuple[list[str], dict[Any, int] | None]:
+    """Class names and the map from raw labels to ids, from the type of one label or else from the labels."""
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names), None
-    counts = Counter(examples.labels())
-    kinds = {type(label) for label in counts}
-    if kinds == {int}:
-        if min(counts) < 0:
-            raise UserError(f"A training label is {min(counts)}; labels must be 0, 1, 2, ...; name another column.")
-        return [str(index) for index in range(max(counts) + 1)], None
-    if kinds == {str}:
-        names = sorted(counts)
-        return names, {name: index for index, name in enumerate(names)}
-    raise UserError(
-        f"Labels of type {', '.join(sorted(kind.__name__ for kind in kinds))} are not class names or numbers; "
-        "name the right column with --label_column_name."
-    )
-
-
-def _load_builder(location: str, config_name: str | None) -> datasets.DatasetBuilder:
-    if not os.path.isdir(location) and not _offline():
-        with _hub_errors(location), _quiet_hub():
-            huggingface_hub.HfApi().dataset_info(location, timeout=30)
-    with _hub_errors(location), _quiet_hub():
-        return datasets.load_dataset_builder(location, config_name)
-
-
-def _offline() -> bool:
-    return bool(datasets.config.HF_HUB_OFFLINE or huggingface_hub.constants.HF_HUB_OFFLINE)
-
-
-@contextlib.contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Keeps the Hub client's retry log off the screen: the one line of our own error says it all."""
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets", "fsspec", "httpx")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
-    """Turns what `datasets` and the Hub client raise into one line that says what to do."""
-    try:
-        yield
-    except UserError:
-        raise
-    except GatedRepoError as error:
-        raise UserError(
-            f"{name} is gated: accept its terms at https://huggingface.co/datasets/{name}, then log in with "
-            "`hf auth login` or set HF_TOKEN."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"No dataset {name!r} on the Hub (or it is private: `hf auth login`).") from error
-    except Exception as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, datasets.exceptions.DatasetNotFoundError):
-            raise UserError(f"No dataset {name!r} on the Hub, or no access to it: {text}") from error
-        network = isinstance(error, (ConnectionError, HfHubHTTPError)) or type(error).__module__.startswith("http")
-        if network or isinstance(error, TimeoutError):
-            raise UserError(
-                f"{name} is not on this machine and the Hub cannot be reached. Connect, or give a local copy with "
-                "--dataset_name FOLDER, or set HF_HUB_OFFLINE=1 to use what `datasets` has cached."
-            ) from error
-        raise UserError(f"{name} cannot be loaded: {text}") from error
+    labels = examples.labels()
+    return classes_of(one for label in labels for one in (label or ())) if is_multi_label else classes_of(labels)

@@ -5,7 +5,12 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
-from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
+from sklearn.metrics import (
+    average_precision_score,
+    confusion_matrix,
+    f1_score,
+    precision_recall_fscore_support,
+)
 
 _CITATION = ""
 
@@ -17,15 +22,13 @@ class _ImageMetric(evaluate.Metric):
         super().__init__(keep_in_memory=True, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
-        predictions = datasets.Value("int64")
-        if self.takes_rankings:
-            predictions = datasets.Sequence(predictions)
-        features = datasets.Features({"predictions": predictions, "references": datasets.Value("int64")})
+        features = datasets.Features({"predictions": self.predictions, "references": self.references})
         return evaluate.MetricInfo(
             description=type(self).__doc__, citation=_CITATION, inputs_description="class ids", features=features
         )
 
-    takes_rankings = False
+    predictions: Any = datasets.Value("int64")
+    references: Any = datasets.Value("int64")
 
 
 class Accuracy(_ImageMetric):
@@ -38,7 +41,7 @@ class Accuracy(_ImageMetric):
 class Top5Accuracy(_ImageMetric):
     """Share of references (N,) among the five most probable classes; predictions (N, 5), most probable first."""
 
-    takes_rankings = True
+    predictions = datasets.Sequence(datasets.Value("int64"))
 
     def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, float]:
         hits = np.asarray(predictions)[:, :5] == np.asarray(references)[:, None]
@@ -74,6 +77,66 @@ def classification_scores(rankings: np.ndarray, references: np.ndarray, num_labe
     return scores
 
 
+# ---------------------------------------------------------------- several labels an image
+
+
+class _MultiLabelMetric(_ImageMetric):
+    """Rows of one number a class: logits (N, K) as predictions, 0 or 1 (N, K) as references."""
+
+    predictions = datasets.Sequence(datasets.Value("float32"))
+    references = datasets.Sequence(datasets.Value("int64"))
+
+
+class ExactMatch(_MultiLabelMetric):
+    """Share of images whose classes of a probability over a half are exactly their own."""
+
+    def _compute(self, predictions: list[list[float]], references: list[list[int]]) -> dict[str, float]:
+        return {"accuracy": float(((np.asarray(predictions) > 0) == np.asarray(references)).all(axis=1).mean())}
+
+
+class MultiLabelF1(_MultiLabelMetric):
+    """F1 at a probability of a half: the mean over classes, and over all answers counted together."""
+
+    def _compute(self, predictions: list[list[float]], references: list[list[int]]) -> dict[str, float]:
+        answers, truth = np.asarray(predictions) > 0, np.asarray(references)
+        return {
+            f"f1_{average}": float(f1_score(truth, answers, average=average, zero_division=0))
+            for average in ("macro", "micro")
+        }
+
+
+class MeanAveragePrecision(_MultiLabelMetric):
+    """Mean over the classes that are there of the average precision, at no threshold; 0 where no class is there."""
+
+    def _compute(self, predictions: list[list[float]], references: list[list[int]]) -> dict[str, float]:
+        logits, truth = np.asarray(predictions), np.asarray(references)
+        present = truth.any(axis=0)
+        if not present.any():
+            return {"mean_average_precision": 0.0}
+        score = average_precision_score(truth[:, present], logits[:, present], average="macro")
+        return {"mean_average_precision": float(score)}
+
+
+def multi_label_scores(logits: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """accuracy (exact match), f1_macro, f1_micro and mean_average_precision of logits (N, K) for 0 or 1 (N, K)."""
+    truth = references.astype(np.int64)
+    scores: dict[str, float] = {}
+    for metric in (ExactMatch(), MultiLabelF1(), MeanAveragePrecision()):
+        scores |= metric.compute(predictions=logits.astype(np.float32), references=truth)
+    return scores
+
+
+def multi_label_per_class_scores(
+    logits: np.ndarray, references: np.ndarray, class_names: list[str]
+) -> list[dict[str, Any]]:
+    """One row a class: class, precision, recall, f1, support, at a probability of a half."""
+    columns = precision_recall_fscore_support(references.astype(np.int64), logits > 0, average=None, zero_division=0)
+    return _rows(class_names, columns)
+
+
+# ---------------------------------------------------------------- one label an image, class by class
+
+
 def confusion(predictions: np.ndarray, references: np.ndarray, num_labels: int) -> list[list[int]]:
     """Counts (K, K): row = true class, column = predicted class."""
     return confusion_matrix(references, predictions, labels=range(num_labels)).tolist()
@@ -82,6 +145,10 @@ def confusion(predictions: np.ndarray, references: np.ndarray, num_labels: int) 
 def per_class_scores(predictions: np.ndarray, references: np.ndarray, class_names: list[str]) -> list[dict[str, Any]]:
     """One row a class: class, precision, recall, f1, support (its number of images)."""
     columns = precision_recall_fscore_support(references, predictions, labels=range(len(class_names)), zero_division=0)
+    return _rows(class_names, columns)
+
+
+def _rows(class_names: list[str], columns: Any) -> list[dict[str, Any]]:
     return [
         {"class": name, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
         for name, p, r, f, n in zip(class_names, *columns, strict=True)

@@ -25,6 +25,8 @@ METRICS = {
     "accuracy": Metric("Accuracy", "accuracy", True),
     "accuracy_top5": Metric("Top-5 accuracy", "accuracy", True),
     "f1_macro": Metric("Macro F1", "f1", True),
+    "f1_micro": Metric("Micro F1", "f1", True),
+    "mean_average_precision": Metric("Mean average precision", "mean_average_precision", True),
     "loss": Metric("Loss", "loss", False),
 }
 SCORED_SPLITS = ("test", "validation")  # in this order: the test split is what a run is judged by

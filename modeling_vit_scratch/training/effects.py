@@ -18,7 +18,14 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
         "only datasets in a Hub repository's layout have configurations",
     ),
     "image_column_name": (lambda r: _has_no_table(r), "only datasets in a Hub repository's layout have columns"),
-    "label_column_name": (lambda r: _has_no_table(r), "only datasets in a Hub repository's layout have columns"),
+    "label_column_name": (
+        lambda r: r.train_dir is None and r.dataset_name == "digits",
+        "only tables and the metadata of image folders have columns",
+    ),
+    "bad_images": (
+        lambda r: r.dataset_name == "digits" and r.train_dir is None,
+        "digits are numbers, not image files: every one can be read",
+    ),
     "stream_lanes": (lambda r: not r.streaming, "it goes with --streaming true"),
     "stream_window": (lambda r: not r.streaming, "it goes with --streaming true"),
     "preset": (lambda r: r.model_name_or_path is not None, "the checkpoint decides the network"),
@@ -67,6 +74,10 @@ IDLE_ON_SOURCE: dict[str, tuple[Callable[[Source, Decoder], bool], str]] = {
     "train_val_split": (
         lambda s, d: not s.held_out,
         "the dataset has a validation split of its own, or too few images of each class to hold one out",
+    ),
+    **dict.fromkeys(
+        ("class_weights", "balanced_sampler"),
+        (lambda s, d: s.is_multi_label, "its images have several classes each, none can be drawn or weighed alone"),
     ),
     "early_stopping_patience": (lambda s, d: "validation" not in s.splits, "there is no validation split"),
     "eval_steps": (lambda s, d: "validation" not in s.splits, "there is no validation split"),

@@ -9,20 +9,21 @@ from accelerate import Accelerator
 
 from ..data.augmentation import normalise
 from ..data.loading import EvaluationData
-from ..results.metrics import classification_scores, confusion, per_class_scores
+from .objectives import Objective
 
 
 @dataclass
 class Evaluation:
-    """Scores by name, and what they were counted from."""
+    """Scores by name, and what they were counted from: what the objective keeps of the logits, and the labels."""
 
     scores: dict[str, float]
-    predictions: np.ndarray
+    kept: np.ndarray
     references: np.ndarray
+    objective: Objective
 
     def details(self, class_names: list[str]) -> dict[str, Any]:
-        found = {"per_class": per_class_scores(self.predictions, self.references, class_names)}
-        return {**found, "confusion": confusion(self.predictions, self.references, len(class_names))}
+        """Scores by class and, where an image has one class, the confusion matrix."""
+        return self.objective.details(self.kept, self.references, class_names)
 
 
 @torch.no_grad()
@@ -31,35 +32,33 @@ def evaluate(
     data: EvaluationData,
     normalisation: tuple[torch.Tensor, torch.Tensor],
     accelerator: Accelerator,
-    num_labels: int,
+    objective: Objective,
     dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
-    """The model's scores on a split: loss (mean cross-entropy), accuracy, f1_macro, accuracy_top5.
+    """The model's scores on a split: the mean loss, and what the objective scores.
 
     dtype: of pixels and logits, that of the weights.
     """
     was_training = model.training
     model.eval()
-    width = min(5, num_labels)
     device = accelerator.device
-    samples = [torch.empty(0, dtype=torch.int64, device=device)]
-    rankings = [torch.empty(0, width, dtype=torch.int64, device=device)]
-    references, losses = [samples[0]], [torch.empty(0, dtype=dtype, device=device)]
+    # a rank may have no sample of a small split: an empty start gives the columns their shapes all the same
+    nothing = torch.empty(0, objective.num_labels, dtype=dtype, device=device)
+    no_labels = torch.empty(0, *data.label_shape, dtype=data.label_dtype, device=device)
+    parts = [[torch.empty(0, dtype=torch.int64, device=device), objective.kept(nothing), no_labels, nothing[:, 0]]]
     for batch in data.batches():
         batch = batch.to(device)
         with accelerator.autocast():  # averaged weights are a network of their own, which accelerate did not wrap
             logits = model(pixel_values=normalise(batch.images, *normalisation, dtype)).logits.to(dtype)
-        samples.append(batch.positions.to(device, non_blocking=True))
-        rankings.append(logits.topk(width, dim=1).indices)
-        references.append(batch.labels)
-        losses.append(torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none"))
+        samples = batch.positions.to(device, non_blocking=True)
+        parts.append([samples, objective.kept(logits), batch.labels, objective.losses(logits, batch.labels)])
     model.train(was_training)
-    columns = [torch.cat(parts) for parts in (samples, rankings, references, losses)]
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
     if accelerator.num_processes > 1:  # ranks may hold one sample more or less: rows of padding have sample -1
         columns = [accelerator.gather(accelerator.pad_across_processes(c, pad_index=-1)) for c in columns]
     order = columns[0].argsort()
     order = order[columns[0][order] >= 0]
-    sample_ids, ranked, true, loss = (column[order].cpu().numpy() for column in columns)
+    sample_ids, kept, true, loss = (column[order].cpu().numpy() for column in columns)
     assert len(np.unique(sample_ids)) == len(sample_ids) == len(data.split), "a sample was lost or counted twice"
-    scores = {"loss": float(loss.astype(np.float64).mean()), **classification_scores(ranked, true, num_labels)}
-    return Evaluation(scores, ranked[:, 0], true)
+    scores = {"loss": float(loss.astype(np.float64).mean()), **objective.scores(kept, true)}
+    return Evaluation(scores, kept, true, objective)

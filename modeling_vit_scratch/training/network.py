@@ -102,18 +102,20 @@ def build_network(
         raise UserError(f"--config_overrides num_channels={wanted}: the images have {channels}; 1 and 3 work.")
     channels = wanted
     names = {index: name for index, name in enumerate(source.class_names)}
+    problem_type = "multi_label_classification" if source.is_multi_label else "single_label_classification"
     report = None
     try:
         if recipe.model_name_or_path is not None:
             size = height if height == width else [height, width]
             model, report = load_pretrained(recipe.model_name_or_path, source.class_names, size, channels)
+            model.config.problem_type = problem_type
         else:
             facts = {
                 "image_size": height if height == width else (height, width),
                 "num_channels": channels,
                 "id2label": names,
                 "label2id": {name: index for index, name in names.items()},
-                "problem_type": "single_label_classification",
+                "problem_type": problem_type,
             }
             preset = {name: value for name, value in PRESETS[recipe.preset].items() if name != "num_labels"}
             model = ViTScratchForImageClassification(ViTScratchConfig(**{**preset, **overrides, **facts}))

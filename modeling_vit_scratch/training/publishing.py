@@ -59,8 +59,10 @@ def collect_results(
             "splits": {name: len(split) for name, split in source.splits.items()},
         },
         "class_names": source.class_names,
-        "per_class": {split: found["per_class"] for split, found in details.items()},
-        "confusion": {split: found["confusion"] for split, found in details.items()},
+        **{
+            kind: {split: found[kind] for split, found in details.items() if kind in found}
+            for kind in ("per_class", "confusion")
+        },
     }
 
 

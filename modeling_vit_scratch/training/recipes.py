@@ -31,15 +31,22 @@ class Recipe:
     # --- data
     dataset_name: str | None = flag(None, DATA, "a known dataset, a folder in a Hub repository's layout, or owner/name")
     dataset_config_name: str | None = flag(None, DATA, "the dataset's configuration, where it has several")
-    train_dir: str | None = flag(None, DATA, "folder of training images, one folder a class")
+    train_dir: str | None = flag(None, DATA, "folder of training images: one folder a class, or a metadata file")
     validation_dir: str | None = flag(None, DATA, "folder of validation images, laid out alike")
     test_dir: str | None = flag(None, DATA, "folder of test images, laid out alike")
     image_column_name: str | None = flag(None, DATA, "the column of images, where it cannot be told")
-    label_column_name: str | None = flag(None, DATA, "the column of labels, where it cannot be told")
+    label_column_name: str | None = flag(
+        None, DATA, "the column of labels, in a table or metadata file, where it cannot be told"
+    )
     streaming: bool = flag(False, DATA, "read shards as they come instead of loading the whole set first")
     train_val_split: float = flag(
         0.1, DATA, "share of the training split held out for validation, where there is no validation split; 0: none",
         at_least=0, below=1,
+    )  # fmt: skip
+    bad_images: str = flag(
+        "error", DATA, "images that cannot be read: stop at the first, or look at every image before training and "
+        "leave them out",
+        choices=("error", "skip"),
     )  # fmt: skip
     image_size: int | None = flag(None, DATA, "side of the images the network sees, in pixels", at_least=1)
     crop_pct: float = flag(
@@ -249,7 +256,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     # accelerate launch run_train.py --recipe cifar10
     "cifar10": Recipe(
-        recipe="cifar10", dataset_name="cifar10", preset="micro", num_train_epochs=10, learning_rate=2e-3,
+        recipe="cifar10", dataset_name="cifar10", preset="micro", num_train_epochs=10, learning_rate=1e-3,
         label_smoothing_factor=0.1, horizontal_flip_prob=0.5, crop_padding=4,
         image_mean=(0.4914, 0.4822, 0.4465), image_std=(0.2470, 0.2435, 0.2616), train_val_split=0.1,
     ),

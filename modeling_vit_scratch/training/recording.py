@@ -64,11 +64,39 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class DataWait:
+    """Tells once when the device has waited for data for long: which share of the time, and what to do.
+
+    num_workers: processes that decode; num_cores: those that this process may use.
+    """
+
+    LEAST_SHARE = 0.2
+    NUM_ROWS = 3  # logging steps; the first one of a run, in which workers start, does not count
+
+    def __init__(self, num_workers: int, num_cores: int):
+        self.num_workers, self.num_cores = num_workers, num_cores
+        self.shares: list[float] = []
+        self.is_said = False
+
+    def advice(self, row: dict[str, Any]) -> str | None:
+        """What to say after this training row, if anything."""
+        self.shares.append(row["data_wait"])
+        latest = self.shares[1:][-self.NUM_ROWS :]
+        share = sum(latest) / self.NUM_ROWS
+        if self.is_said or len(latest) < self.NUM_ROWS or share < self.LEAST_SHARE:
+            return None
+        self.is_said = True
+        remedy = f"more --dataloader_num_workers (now {self.num_workers}, of {self.num_cores} cores), or smaller images"
+        if self.num_workers >= self.num_cores:
+            remedy = f"smaller images, or more cores (all {self.num_cores} decode)"
+        return f"the device waits for data {share:.0%} of the time: {remedy}"
+
+
 class Progress:
     """A bar on a terminal; elsewhere a line at each logging step."""
 
-    def __init__(self, total_steps: int, step: int, active: bool):
-        self.total_steps, self.first_step, self.active = total_steps, step, active
+    def __init__(self, total_steps: int, step: int, active: bool, data_wait: DataWait | None = None):
+        self.total_steps, self.first_step, self.active, self.data_wait = total_steps, step, active, data_wait
         self.started = time.perf_counter()
         self.on_terminal = active and sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=step, disable=not self.on_terminal, unit="step", dynamic_ncols=True)
@@ -88,6 +116,8 @@ class Progress:
             done = row["step"] - self.first_step
             left = (time.perf_counter() - self.started) / max(done, 1) * (self.total_steps - row["step"])
             print(f"step {row['step']}/{self.total_steps}: {text}, {_clock(left)} left", flush=True)
+        if self.data_wait is not None and (advice := self.data_wait.advice(row)):
+            self.say(advice)
 
     def say(self, text: str):
         if self.active:

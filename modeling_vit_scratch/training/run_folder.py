@@ -11,7 +11,10 @@ from ..errors import UserError
 from .checkpointing import checkpoints, newest_whole
 from .recipes import MAY_CHANGE_ON_RESUME, Recipe
 
-OURS = ("recipe.json", "metrics.jsonl", "results.json", "report.html", "plots", "tensorboard", "checkpoints", "model")
+OURS = (
+    "recipe.json", "bad_images.json", "metrics.jsonl", "results.json", "report.html", "plots", "tensorboard",
+    "checkpoints", "model",
+)  # fmt: skip
 
 
 @dataclass

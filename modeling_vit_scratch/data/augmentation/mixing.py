@@ -36,13 +36,13 @@ class Mixing:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(mixed images, targets (B, K) whose rows sum to 1, in the images' dtype).
 
-        images: normalised floats (B, C, H, W). labels: int64 (B,). gather(images, labels, positions) gives those of
+        images: normalised floats (B, C, H, W). labels: int64 (B,), or (B, K) from 0 to 1 where an image has several;
+        the targets are then weighted means of such rows. gather(images, labels, positions) gives those of
         the whole global batch, in any order, positions on the CPU; it is called on all ranks or on none, where a
         rank's partners may be another's.
         """
-        classes = torch.arange(num_labels, device=labels.device)
         if not self.is_on:
-            return images, (labels[:, None] == classes).to(images.dtype)
+            return images, _rows_of_labels(labels, num_labels).to(images.dtype)
         partners = partner_positions(draws)
         pool, pool_labels, positions = images, labels, draws.positions
         if draws.world_size > 1 and not (draws.is_interleaved and num_groups(draws.batch_size) % draws.world_size == 0):
@@ -59,8 +59,10 @@ class Mixing:
         if self.cutmix_alpha:
             inside = _inside(send(boxes, images.device), *images.shape[-2:]).to(images.dtype)  # (B, 1, H, W)
             weights = torch.where(send(is_cut, images.device)[:, None, None, None], inside, weights)
-        partner_labels = pool_labels.index_select(0, rows)
-        targets = (labels[:, None] == classes) * share + (partner_labels[:, None] == classes) * (1 - share)
+        own_labels, partners_labels = (
+            _rows_of_labels(values, num_labels) for values in (labels, pool_labels.index_select(0, rows))
+        )
+        targets = own_labels * share + partners_labels * (1 - share)
         return torch.lerp(images, pool.index_select(0, rows), weights), targets
 
     def _shares(self, draws: Draws, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -84,6 +86,11 @@ class Mixing:
             areas = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
             own = np.where(is_cut, 1 - areas / (height * width), own)
         return torch.from_numpy(own), torch.from_numpy(is_cut), torch.from_numpy(boxes)
+
+
+def _rows_of_labels(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
+    """(B, K): true at the class of ids (B,); labels that are rows already as they are."""
+    return labels if labels.ndim == 2 else labels[:, None] == torch.arange(num_labels, device=labels.device)
 
 
 def _inside(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:

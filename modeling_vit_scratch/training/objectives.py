@@ -1,0 +1,90 @@
+"""What is learned and how it is scored: one class an image, or any number of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..results.metrics import (
+    classification_scores,
+    confusion,
+    multi_label_per_class_scores,
+    multi_label_scores,
+    per_class_scores,
+)
+
+# B batch, N images, K labels
+
+
+@dataclass(frozen=True)
+class SingleLabel:
+    """One class an image: softmax cross-entropy. Targets: class ids (B,), or probabilities (B, K) of mixed images."""
+
+    num_labels: int
+    label_smoothing: float = 0.0
+    class_weights: torch.Tensor | None = None  # (K,)
+
+    problem_type = "single_label_classification"
+
+    def loss_sum(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The sum over the images of what training lowers."""
+        return torch.nn.functional.cross_entropy(
+            logits, targets, self.class_weights, reduction="sum", label_smoothing=self.label_smoothing
+        )
+
+    def num_correct(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """How many images have their class, or the greater share of a mixed one, as the most probable answer."""
+        answers = targets if targets.ndim == 1 else targets.argmax(dim=1)
+        return (logits.argmax(dim=1) == answers).sum()
+
+    def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """(B,) cross-entropies as they are reported: neither smoothed nor weighted."""
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    def kept(self, logits: torch.Tensor) -> torch.Tensor:
+        """What is kept of the logits for the scores: the five most probable classes, best first."""
+        return logits.topk(min(5, self.num_labels), dim=1).indices
+
+    def scores(self, kept: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        return classification_scores(kept, references, self.num_labels)
+
+    def details(self, kept: np.ndarray, references: np.ndarray, class_names: list[str]) -> dict[str, Any]:
+        return {
+            "per_class": per_class_scores(kept[:, 0], references, class_names),
+            "confusion": confusion(kept[:, 0], references, self.num_labels),
+        }
+
+
+@dataclass(frozen=True)
+class MultiLabel:
+    """Any number of classes an image: binary cross-entropy, a mean over the classes. Targets: (B, K) from 0 to 1."""
+
+    num_labels: int
+    label_smoothing: float = 0.0  # towards a half
+
+    problem_type = "multi_label_classification"
+
+    def loss_sum(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        smooth = targets.to(logits.dtype) * (1 - self.label_smoothing) + 0.5 * self.label_smoothing
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, smooth, reduction="sum") / self.num_labels
+
+    def num_correct(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """How many images have all their classes, and no other, at a probability over a half."""
+        return ((logits > 0) == (targets > 0.5)).all(dim=1).sum()
+
+    def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        labels = labels.to(logits.dtype)
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=1)
+
+    def kept(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    def scores(self, kept: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        return multi_label_scores(kept, references)
+
+    def details(self, kept: np.ndarray, references: np.ndarray, class_names: list[str]) -> dict[str, Any]:
+        return {"per_class": multi_label_per_class_scores(kept, references, class_names)}
+
+
+Objective = SingleLabel | MultiLabel

@@ -1,0 +1,66 @@
+"""Several labels an image, from a metadata file to a pipeline's answer."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_run_train import run
+from transformers import pipeline
+
+from modeling_vit_scratch.data.augmentation import Draws, Mixing
+
+
+@pytest.fixture
+def colours(tmp_path):
+    """A maker of folders whose images are bright in the channels that their labels name, or in none."""
+
+    def make(name, count):
+        root, rng = tmp_path / name, np.random.default_rng(len(name))
+        root.mkdir()
+        with open(root / "metadata.csv", "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["file_name", "labels"])
+            for index in range(count):
+                bright = (index >> np.arange(3)) & 1
+                pixels = rng.integers(0, 60, (8, 8, 3)) + 180 * bright
+                Image.fromarray(pixels.astype(np.uint8)).save(root / f"{index}.png")
+                names = [label for label, on in zip(("red", "green", "blue"), bright, strict=True) if on]
+                table.writerow([f"{index}.png", "|".join(names)])
+        return root
+
+    return make
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_every_label_of_an_image_is_learned(colours, tmp_path, streaming):
+    flags = ["--train_dir", colours("train", 64), "--test_dir", colours("test", 16), "--recipe", "cifar10",
+             "--max_steps", 60, "--train_batch_size", 32, "--learning_rate", 1e-2, "--mixup_alpha", 0.2,
+             "--streaming", streaming, "--ema_decay", 0.8]  # fmt: skip
+    results = run(tmp_path / "run", *flags)
+    assert results["test_accuracy"] == 1.0 and results["test_mean_average_precision"] == 1.0
+    assert [(row["class"], row["support"]) for row in results["per_class"]["test"]] == [
+        ("blue", 8), ("green", 8), ("red", 8),
+    ]  # fmt: skip
+    assert results["confusion"] == {}
+    model = tmp_path / "run" / "model"
+    assert json.loads((model / "config.json").read_text())["problem_type"] == "multi_label_classification"
+    classify = pipeline("image-classification", str(model))
+    answers = {row["label"]: row["score"] for row in classify(str(tmp_path / "test" / "5.png"))}  # 5: red and blue
+    assert answers["red"] > 0.5 and answers["blue"] > 0.5 and answers["green"] < 0.5  # sigmoids, each for itself
+    card = (model / "README.md").read_text()
+    assert "Micro F1" in card and "Mean average precision" in card
+
+
+def test_mixed_images_carry_weighted_means_of_their_labels():
+    images = torch.arange(16.0)[:, None, None, None].expand(16, 1, 2, 2).contiguous()
+    labels = (torch.rand(16, 5, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    mixed, targets = Mixing(mixup_alpha=1.0)(images, labels, Draws(0, 0, 16, torch.arange(16)), 5)
+    ids = torch.arange(16)
+    _, shares = Mixing(mixup_alpha=1.0)(
+        images, ids, Draws(0, 0, 16, torch.arange(16)), 16
+    )  # who is in it, and how much
+    assert torch.allclose(targets, shares @ labels, atol=1e-6)
+    assert torch.allclose(mixed[:, 0, 0, 0], shares @ images[:, 0, 0, 0], atol=1e-5)

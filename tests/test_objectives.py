@@ -1,0 +1,69 @@
+"""Losses and scores of one class an image and of several, against torch, transformers and scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sklearn
+from small_vit import build, images
+
+from modeling_vit_scratch.training.objectives import MultiLabel, SingleLabel
+
+LOGITS = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
+IDS = torch.arange(40) % 7
+ROWS = (torch.rand(40, 7, generator=torch.Generator().manual_seed(1)) < 0.3).float()
+
+
+def test_single_label_training_lowers_torchs_cross_entropy():
+    weights = torch.linspace(0.5, 2, 7)
+    objective = SingleLabel(7, label_smoothing=0.1, class_weights=weights)
+    expected = torch.nn.functional.cross_entropy(LOGITS, IDS, weights, reduction="sum", label_smoothing=0.1)
+    assert torch.equal(objective.loss_sum(LOGITS, IDS), expected)
+    # probabilities that say the same give the same, up to the order of the sums
+    as_rows = torch.nn.functional.one_hot(IDS, 7).float()
+    assert objective.loss_sum(LOGITS, as_rows).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (
+        objective.num_correct(LOGITS, IDS) == objective.num_correct(LOGITS, as_rows) == (LOGITS.argmax(1) == IDS).sum()
+    )
+
+
+@pytest.mark.parametrize("kind, labels", [(SingleLabel, IDS[:3] % 5), (MultiLabel, ROWS[:3, :5])])
+def test_the_loss_is_that_of_the_network_itself(kind, labels):
+    objective = kind(5)
+    model = build(problem_type=objective.problem_type)
+    output = model(images(), labels=labels)
+    assert (objective.loss_sum(output.logits, labels) / 3).item() == pytest.approx(output.loss.item(), rel=1e-5)
+    assert objective.losses(output.logits, labels).mean().item() == pytest.approx(output.loss.item(), rel=1e-5)
+
+
+def test_multi_label_smoothing_moves_targets_towards_a_half():
+    smooth = torch.where(ROWS > 0, 0.9, 0.1)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(LOGITS, smooth, reduction="sum") / 7
+    assert MultiLabel(7, 0.2).loss_sum(LOGITS, ROWS).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_multi_label_scores_are_scikit_learns():
+    kept, truth = MultiLabel(7).kept(LOGITS).numpy(), ROWS.numpy()
+    scores = MultiLabel(7).scores(kept, truth)
+    answers = LOGITS.numpy() > 0
+    assert scores == pytest.approx(
+        {
+            "accuracy": sklearn.accuracy_score(truth, answers),
+            "f1_macro": sklearn.f1_score(truth, answers, average="macro"),
+            "f1_micro": sklearn.f1_score(truth, answers, average="micro"),
+            "mean_average_precision": sklearn.average_precision_score(truth, LOGITS.numpy(), average="macro"),
+        }
+    )
+    assert MultiLabel(7).num_correct(LOGITS, ROWS) == (answers == truth).all(axis=1).sum()
+    rows = MultiLabel(7).details(kept, truth, list("abcdefg"))["per_class"]
+    assert [row["support"] for row in rows] == truth.sum(axis=0).tolist()
+    assert rows[2]["recall"] == pytest.approx(sklearn.recall_score(truth[:, 2], answers[:, 2]))
+
+
+def test_a_class_that_no_image_has_leaves_the_mean_average_precision_alone():
+    truth = ROWS.numpy().copy()
+    truth[:, 3] = 0
+    scores = MultiLabel(7).scores(LOGITS.numpy(), truth)
+    others = np.delete(np.arange(7), 3)
+    expected = sklearn.average_precision_score(truth[:, others], LOGITS.numpy()[:, others])
+    assert scores["mean_average_precision"] == pytest.approx(expected)
+    assert MultiLabel(7).scores(LOGITS.numpy(), truth * 0)["mean_average_precision"] == 0.0
