@@ -1,5 +1,9 @@
 """--time_budget: what is read, how many steps fit, and a run that equals the one with that many steps."""
 
+import subprocess
+import sys
+import time
+
 import pytest
 from accelerate import Accelerator
 
@@ -50,3 +54,28 @@ def test_the_first_steps_are_not_counted_and_long_budgets_measure_longer(monkeyp
     found = rehearse(Accelerator(cpu=True), take_steps, {"test": evaluate}, seconds=100)
     assert found.step_seconds == pytest.approx(0.01) and found.evaluation_seconds == {"test": pytest.approx(3.0)}
     assert sum(taken[1:]) == pytest.approx(200, abs=1) and taken[1] == NUM_MEASURED_STEPS  # a fiftieth of the budget
+
+
+LAUNCHED = """
+import sys
+from modeling_vit_scratch.training.time_budget import command_began
+print(command_began() - float(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("name", ["accelerate", "somebody"])
+def test_a_budget_counts_from_the_command_and_its_launcher(name, tmp_path):
+    # apart from the script: what lies beside a script is what it imports by that name
+    script, launcher = tmp_path / "script.py", tmp_path / "bin" / name
+    launcher.parent.mkdir()
+    script.write_text(LAUNCHED)
+    launcher.write_text(
+        "import subprocess, sys, time\nstart = sys.argv[1]\ntime.sleep(3)\n"
+        f"subprocess.run([sys.executable, {str(script)!r}, start], check=True)\n"
+    )
+    began = time.time()
+    done = subprocess.run(
+        [sys.executable, launcher, str(began)], capture_output=True, text=True, check=True, timeout=60
+    )
+    # the launcher waits three seconds before it starts the script
+    assert float(done.stdout) == pytest.approx(0.0 if name == "accelerate" else 3.0, abs=1.5)

@@ -164,9 +164,10 @@ def _read_config(file: str) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Trains as the command line says. The exit code: 0 done, 2 something to mend, 3 stopped by a signal and saved."""
     from .loop import train
+    from .time_budget import command_began
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    return exit_code(lambda: train(*parse_arguments(arguments)))
+    return exit_code(lambda: train(*parse_arguments(arguments), began=command_began()))
 
 
 def exit_code(act: Callable[[], object]) -> int:

@@ -55,13 +55,14 @@ class Interrupted(Exception):
     """A signal stopped the run after its state was saved."""
 
 
-def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any]:
+def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | None = None) -> dict[str, Any]:
     """Trains, evaluates and saves as the recipe says, or goes on where the output folder's run stopped.
 
-    chosen: the fields that a person set; one that could not change this run is an error. Returns what results.json
-    holds. Raises UserError for what a person can mend and Interrupted after a signal.
+    chosen: the fields that a person set; one that could not change this run is an error. began: the time.time() from
+    which --time_budget counts; else now. Returns what results.json holds. Raises UserError for what a person can mend
+    and Interrupted after a signal.
     """
-    run_started = time.perf_counter()
+    began = time.time() if began is None else began
     output_dir = Path(recipe.output_dir or f"outputs/{recipe.recipe}")
     effects.check_recipe(recipe, chosen)
     trackers = resolve_trackers(recipe.report_to)
@@ -188,7 +189,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> dict[str, Any
             rehearsal = rehearse(accelerator, rehearse_steps, {name: lambda n=name: score(n) for name in held}, budget)
             optimizer.optimizer.state.clear()
             state.window = state.new_window()
-            left = budget - (time.perf_counter() - run_started)
+            left = budget - (time.time() - began)
             position.total_steps = agree(
                 accelerator, lambda: rehearsal.steps_within(left, lambda n: -(-n // evaluation_interval(n)))
             )
