@@ -198,7 +198,11 @@ def main():
                 results[name] = measure(candidates(flags, is_photo), arguments.rounds, arguments.seconds)
     print(markdown(results))
     if arguments.output:
-        facts = {"command": "python " + " ".join(sys.argv), "commit": commit(), "versions": versions()}
+        facts = {
+            "command": " ".join(["python benchmarks/input.py", *sys.argv[1:]]),
+            "commit": commit(),
+            "versions": versions(),
+        }
         record = {**facts, "hardware": hardware(Accelerator(cpu=True)), "threads": 1, "results": results}
         Path(arguments.output).write_text(json.dumps(record, indent=1) + "\n")
 
