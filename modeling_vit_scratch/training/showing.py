@@ -61,12 +61,11 @@ def caption(target: Sequence[float], class_names: Sequence[str]) -> str:
 
 def show_augmentation(arguments: list[str]) -> int:
     """Draws a grid of augmented images; the exit code."""
-    parser = Parser(
-        prog="vit-scratch show-augmentation",
-        description="Draws what the network would see in training: each column one image, the first row as evaluation "
+    parser = _parser(
+        "show-augmentation",
+        "Draws what the network would see in training: each column one image, the first row as evaluation "
         "sees it, the others as augmentation draws it, with labels and the shares of a mix.",
-        epilog="All flags of `vit-scratch train` choose the images and the augmentation.",
-        allow_abbrev=False,
+        "the images and the augmentation",
     )
     parser.add_argument("--picture", metavar="FILE", default="augmented.png", help="the PNG to write [augmented.png]")
     parser.add_argument("--num_images", metavar="INT", type=int, default=8, help="columns [8]")
@@ -114,12 +113,11 @@ def _title(recipe: Recipe, source: Source) -> str:
 
 def show_parameters(arguments: list[str]) -> int:
     """Prints every parameter with its shape, highest rate and weight decay; the exit code."""
-    parser = Parser(
-        prog="vit-scratch show-parameters",
-        description="Prints every parameter of the network that `vit-scratch train` would train with the same flags: "
+    parser = _parser(
+        "show-parameters",
+        "Prints every parameter of the network that `vit-scratch train` would train with the same flags: "
         "name, shape, highest learning rate and weight decay.",
-        epilog="All flags of `vit-scratch train` choose the network and its optimizer.",
-        allow_abbrev=False,
+        "the network and its optimizer",
     )
 
     def act():
@@ -131,6 +129,12 @@ def show_parameters(arguments: list[str]) -> int:
         print(parameter_table(groups, recipe.learning_rate))
 
     return exit_code(act)
+
+
+def _parser(command: str, description: str, chosen: str) -> Parser:
+    """The parser of a command's own flags; those of `train` beside them choose what is shown."""
+    epilog = f"All flags of `vit-scratch train` choose {chosen}."
+    return Parser(prog=f"vit-scratch {command}", description=description, epilog=epilog, allow_abbrev=False)
 
 
 def _checked(arguments: list[str]) -> tuple[Recipe, frozenset[str]]:

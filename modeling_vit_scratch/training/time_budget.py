@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from ..errors import UserError
+from .machine import agree
 
 UNITS = {"h": 3600, "m": 60, "s": 1}
 NUM_WARM_STEPS = 3  # the first steps choose kernels and fill caches; with --torch_compile they compile
@@ -84,11 +84,11 @@ def rehearse(
     take_steps(NUM_WARM_STEPS)
     elapsed = _timed(lambda: take_steps(NUM_MEASURED_STEPS))
     wanted = min(seconds / 50, 10.0)
-    more = _main(accelerator, max(0, math.ceil((wanted - elapsed) / elapsed * NUM_MEASURED_STEPS)))
+    more = agree(accelerator, lambda: max(0, math.ceil((wanted - elapsed) / elapsed * NUM_MEASURED_STEPS)))
     if more:
         elapsed += _timed(lambda: take_steps(more))
     evaluations = {name: _timed(call) for name, call in evaluate.items()}
-    return _main(accelerator, Rehearsal(elapsed / (NUM_MEASURED_STEPS + more), evaluations))
+    return agree(accelerator, lambda: Rehearsal(elapsed / (NUM_MEASURED_STEPS + more), evaluations))
 
 
 def _timed(call: Callable[[], object]) -> float:
@@ -102,11 +102,3 @@ def _timed(call: Callable[[], object]) -> float:
 def _finish_queue():
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
-
-
-def _main(accelerator: Accelerator, value):
-    """The main process's value, in every process."""
-    box = [value]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(box)
-    return box[0]
