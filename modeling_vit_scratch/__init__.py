@@ -5,6 +5,7 @@ Importing this package makes `AutoConfig`, `AutoModel`, `AutoModelForImageClassi
 """
 
 import contextlib
+import importlib
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
@@ -23,6 +24,14 @@ with contextlib.suppress(ImportError):  # 5.17's auto class itself asks for torc
         image_processor_classes={"torchvision": ViTScratchImageProcessor, "pil": ViTScratchImageProcessorPil},
         exist_ok=True,
     )
+
+
+def _translated(*arguments):
+    # imported when a checkpoint is loaded: the network itself needs none of it
+    return importlib.import_module(".weights.from_pretrained", __name__).translated(*arguments)
+
+
+ViTScratchPreTrainedModel.checkpoint_translator = staticmethod(_translated)
 
 __all__ = [
     "PRESETS",

@@ -381,6 +381,27 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ViTScratchLayer, "attentions": ViTScratchAttention}
     _input_embed_layer = "patch_embeddings"
+    # The installed package's reader of other libraries' checkpoints: (class, name, arguments) -> (name, arguments).
+    checkpoint_translator: Callable | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | None, *model_args, **kwargs):
+        """As transformers', also of other libraries' checkpoints where the package is installed.
+
+        Raises ValueError where a weight outside the classifier would be random, unless output_loading_info tells it.
+        """
+        source, wants_loading_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        if cls.checkpoint_translator is not None:
+            source, kwargs = cls.checkpoint_translator(cls, source, kwargs)
+        model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+        drawn = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
+        drawn = sorted(name for name in drawn if not name.startswith("classifier"))
+        if source is not None and kwargs.get("state_dict") is None and drawn and not wants_loading_info:
+            raise ValueError(
+                f"{source} does not fill the network: {len(drawn)} weights are missing or of another shape "
+                f"({', '.join(drawn[:3])}) and would be random. Another image_size: load_pretrained interpolates."
+            )
+        return (model, info) if wants_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -27,7 +27,7 @@ LAYERS = (
     {"doctor"},
     {"training"},
     {"results"},
-    {"data", "weights"},
+    {"data", "weights", "specimens"},
     {HUB},
     {"errors"},
 )
@@ -227,12 +227,16 @@ def test_another_table_in_pyproject_is_found():
     ]
 
 
+def _names(assignment: ast.Assign) -> list[str]:
+    return [target.id for target in assignment.targets if isinstance(target, ast.Name)]
+
+
 def test_the_version_can_be_read_without_importing_torch():
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg", encoding="utf-8")
     assert settings["metadata"]["version"] == f"attr: {PACKAGE}.__version__"
     body = ast.parse((ROOT / PACKAGE / "__init__.py").read_text(encoding="utf-8")).body
-    versions = [node.value for node in body if isinstance(node, ast.Assign) and node.targets[0].id == "__version__"]
+    versions = [node.value for node in body if isinstance(node, ast.Assign) and _names(node) == ["__version__"]]
     assert len(versions) == 1 and isinstance(ast.literal_eval(versions[0]), str)
 
 

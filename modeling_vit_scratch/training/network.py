@@ -78,15 +78,41 @@ def probe_source(source: Source) -> tuple[tuple[int, int] | None, int]:
 def build_network(
     recipe: Recipe, chosen: frozenset[str], source: Source
 ) -> tuple[ViTScratchForImageClassification, Processor, LoadingReport | None]:
-    """The network, its image processor, and the loading report where it starts from a checkpoint."""
+    """The network, its image processor, and the loading report where it starts from a checkpoint.
+
+    A checkpoint is fine-tuned at the image size it was trained at, unless a person chose another.
+    """
+    shared_size, channels = probe_source(source)
+    native = shared_size if shared_size is not None and max(shared_size) <= SMALL else None
+    problem_type = "multi_label_classification" if source.is_multi_label else "single_label_classification"
+    report = None
+    try:
+        if recipe.model_name_or_path is not None:
+            size = recipe.image_size if "image_size" in chosen else None
+            model, report = load_pretrained(recipe.model_name_or_path, source.class_names, size, channels)
+            model.config.problem_type = problem_type
+        else:
+            facts = _facts(recipe, chosen, native, channels)
+            names = {index: name for index, name in enumerate(source.class_names)}
+            facts |= {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+            model = ViTScratchForImageClassification(ViTScratchConfig(**facts, problem_type=problem_type))
+    except UserError:
+        raise
+    except Exception as error:  # the configuration says what is wrong and what would work
+        raise UserError(" ".join(str(error.__cause__ or error).split())) from error
+    config = model.config
+    photographs = native is None
+    processor = build_processor(recipe, chosen, config.image_height_width, config.num_channels, photographs)
+    return model, processor, report
+
+
+def _facts(recipe: Recipe, chosen: frozenset[str], native: tuple[int, int] | None, channels: int) -> dict[str, Any]:
+    """The fields of the preset with the overrides, and the size and channels of these images."""
     overrides = parse_overrides(recipe.config_overrides)
     if recipe.preset not in PRESETS:
         raise unknown("preset", recipe.preset, PRESETS)
-    shared_size, channels = probe_source(source)
-    native = shared_size if shared_size is not None and max(shared_size) <= SMALL else None
-    image_size: Any = (
-        recipe.image_size or overrides.get("image_size") or native or PRESETS[recipe.preset].get("image_size")
-    )
+    preset = {name: value for name, value in PRESETS[recipe.preset].items() if name != "num_labels"}
+    image_size: Any = recipe.image_size or overrides.get("image_size") or native or preset.get("image_size")
     if image_size is None:
         image_size = ViTScratchConfig.image_size
     sides = image_size if isinstance(image_size, (list, tuple)) and len(image_size) == 2 else [image_size]
@@ -100,30 +126,8 @@ def build_network(
     wanted = overrides.get("num_channels", channels)
     if wanted not in {1, 3, channels}:
         raise UserError(f"--config_overrides num_channels={wanted}: the images have {channels}; 1 and 3 work.")
-    channels = wanted
-    names = {index: name for index, name in enumerate(source.class_names)}
-    problem_type = "multi_label_classification" if source.is_multi_label else "single_label_classification"
-    report = None
-    try:
-        if recipe.model_name_or_path is not None:
-            size = height if height == width else [height, width]
-            model, report = load_pretrained(recipe.model_name_or_path, source.class_names, size, channels)
-            model.config.problem_type = problem_type
-        else:
-            facts = {
-                "image_size": height if height == width else (height, width),
-                "num_channels": channels,
-                "id2label": names,
-                "label2id": {name: index for index, name in names.items()},
-                "problem_type": problem_type,
-            }
-            preset = {name: value for name, value in PRESETS[recipe.preset].items() if name != "num_labels"}
-            model = ViTScratchForImageClassification(ViTScratchConfig(**{**preset, **overrides, **facts}))
-    except UserError:
-        raise
-    except Exception as error:  # the configuration says what is wrong and what would work
-        raise UserError(" ".join(str(error.__cause__ or error).split())) from error
-    return model, build_processor(recipe, chosen, (height, width), channels, photographs=native is None), report
+    image_size = height if height == width else (height, width)
+    return {**preset, **overrides, "image_size": image_size, "num_channels": wanted}
 
 
 def build_processor(
@@ -131,12 +135,15 @@ def build_processor(
 ) -> Processor:
     """The image processor of evaluation: a resize to `size`, or for photographs, a resize and a central crop.
 
-    Mean, std and resampling are the checkpoint's where the network starts from one, unless a person chose others.
+    Mean, std, resampling and the crop's share are the checkpoint's where the network starts from one, unless a person
+    chose others.
     """
     backend = ViTScratchImageProcessor if is_torchvision_available() else ViTScratchImageProcessorPil
     fields: dict[str, Any] = {}
     if recipe.model_name_or_path is not None:
-        fields = load_pixel_facts(recipe.model_name_or_path)
+        fields = load_pixel_facts(recipe.model_name_or_path, num_channels)
+    crop_pct = fields.pop("crop_pct", recipe.crop_pct)
+    crop_pct = recipe.crop_pct if "crop_pct" in chosen else crop_pct
     for name in ("image_mean", "image_std"):
         values = getattr(recipe, name)
         if name in fields and name not in chosen:
@@ -150,7 +157,7 @@ def build_processor(
         fields[name] = list(values or [0.5] * num_channels)
     fields["size"] = {"height": size[0], "width": size[1]}
     if photographs:
-        fields["size"] = {"shortest_edge": round(max(size) / recipe.crop_pct)}
+        fields["size"] = {"shortest_edge": round(max(size) / crop_pct)}
         fields |= {"do_center_crop": True, "crop_size": {"height": size[0], "width": size[1]}}
     return backend(num_channels=num_channels, **fields)
 
