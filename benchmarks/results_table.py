@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from markers import with_table
+
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "benchmarks" / "results" / "runs"
-MARKERS = ("<!-- scores: benchmarks/results_table.py -->", "<!-- end of scores -->")
 
 
 def read_runs(folder: Path = RUNS) -> dict[str, list[dict[str, Any]]]:
@@ -56,10 +57,9 @@ def table(groups: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(rows)
 
 
-def with_table(readme: str) -> str:
+def with_scores(readme: str) -> str:
     """The README with the table between its markers."""
-    start, end = (readme.index(marker) for marker in MARKERS)
-    return readme[: start + len(MARKERS[0])] + "\n" + table(read_runs()) + "\n" + readme[end:]
+    return with_table(readme, "scores", "results_table.py", table(read_runs()))
 
 
 if __name__ == "__main__":
@@ -70,6 +70,6 @@ if __name__ == "__main__":
             (RUNS / f"{run['recipe']}-seed{run['seed']}.json").write_text(json.dumps(run, indent=1) + "\n")
     elif "--write" in sys.argv[1:]:
         path = ROOT / "README.md"
-        path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
+        path.write_text(with_scores(path.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         print(table(read_runs()))

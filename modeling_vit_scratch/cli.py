@@ -10,6 +10,10 @@ from .errors import unknown
 COMMANDS = {
     "train": ("training.flags:main", "trains, scores and saves a network: what run_train.py does"),
     "sweep": ("training.sweep:main", "trains every combination of a grid of flags and compares them by validation"),
+    "predict": ("training.predicting:main", "says which classes images show, with probabilities"),
+    "evaluate": ("training.scoring:main", "scores a model on a split or a folder: accuracy, calibration, each class"),
+    "convert": ("training.converting:main", "writes a checkpoint as another library loads it, or as this package does"),
+    "doctor": ("doctor.command:main", "finds what is wrong with a network, and says how to mend it"),
     "show-augmentation": ("training.showing:show_augmentation", "draws a grid of augmented images"),
     "show-parameters": ("training.showing:show_parameters", "prints every parameter with its rate and decay"),
 }

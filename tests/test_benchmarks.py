@@ -11,10 +11,10 @@ import results_table  # noqa: E402
 
 def test_the_table_of_scores_in_the_readme_is_made_from_the_recorded_runs():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert results_table.with_table(readme) == readme
+    assert results_table.with_scores(readme) == readme
 
 
 def test_a_changed_number_in_the_readme_would_be_seen():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     score = results_table.table(results_table.read_runs()).splitlines()[2].split("|")[3].strip()
-    assert results_table.with_table(readme.replace(score, "99.99")) == readme
+    assert results_table.with_scores(readme.replace(score, "99.99")) == readme

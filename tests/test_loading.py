@@ -1,6 +1,8 @@
 """Batches: the image processor's pixels in training and evaluation; every sample once over ranks and workers."""
 
 import io
+import os
+import signal
 from collections import Counter
 
 import numpy as np
@@ -15,6 +17,7 @@ from modeling_vit_scratch.data.decoding import BadImageError, Decoder, normalisa
 from modeling_vit_scratch.data.examples import Example
 from modeling_vit_scratch.data.loading import EvaluationData, TrainingData
 from modeling_vit_scratch.data.sources import open_source
+from modeling_vit_scratch.errors import UserError
 
 CPU = torch.device("cpu")
 SMALL = {"size": {"height": 8, "width": 8}}
@@ -180,3 +183,29 @@ def test_a_broken_image_in_a_worker_is_one_line(image_folder):
     with pytest.raises(BadImageError, match=r"cat/3.png cannot be read as an image") as caught:
         list(make_data(source, decoder, num_workers=2).batches(0, 1))
     assert "Traceback" not in str(caught.value)
+
+
+class KilledAtSample3(Decoder):
+    """Stands for a worker that the system kills when memory runs out."""
+
+    def __call__(self, example, epoch=0, sample=0):
+        if sample == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(example, epoch, sample)
+
+
+def test_a_killed_worker_is_one_line_that_says_how_to_go_on(image_folder):
+    source = open_source(train_dir=str(image_folder(cat=6, dog=6)), train_val_split=0)
+    decoder = KilledAtSample3(ViTScratchImageProcessor(**SMALL), 0, (0.5, 1.0))
+    with pytest.raises(UserError, match=r"was killed.*fewer --dataloader_num_workers \(now 2\).*the last checkpoint"):
+        list(make_data(source, decoder, num_workers=2).batches(0, 1))
+
+
+def test_a_shard_that_disappears_is_named(parquet_repo):
+    folder = parquet_repo(train=[20, 13])
+    source = open_source(str(folder), streaming=True, train_val_split=0)
+    data = make_data(source, Decoder(ViTScratchImageProcessor(**SMALL), 0, (0.5, 1.0)), num_lanes=2, window=4)
+    shard = folder / "data" / "train-00001-of-00002.parquet"
+    shard.unlink()
+    with pytest.raises(UserError, match=shard.name):
+        list(data.batches(0, 3))

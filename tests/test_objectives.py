@@ -35,6 +35,29 @@ def test_the_loss_is_that_of_the_network_itself(kind, labels):
     assert objective.losses(output.logits, labels).mean().item() == pytest.approx(output.loss.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_kept_holds_class_ids_exactly_and_the_probability_of_the_answer(dtype):
+    logits = torch.randn(30, 3001, generator=torch.Generator().manual_seed(2)).to(dtype)
+    kept = SingleLabel(3001).kept(logits).numpy()  # bfloat16 itself has no 3,000
+    assert np.array_equal(kept[:, :-1].astype(int), logits.topk(5, dim=1).indices.numpy())
+    expected = torch.nn.functional.softmax(logits.double(), dim=1).amax(dim=1)
+    assert kept[:, -1] == pytest.approx(expected.numpy(), rel=1e-5)
+
+
+def test_single_label_scores_and_calibration_come_from_what_is_kept():
+    objective, truth = SingleLabel(7), IDS.numpy()
+    kept = objective.kept(LOGITS).numpy()
+    best = LOGITS.argmax(1).numpy()
+    scores = objective.scores(kept, truth)
+    assert scores["accuracy"] == sklearn.accuracy_score(truth, best)
+    assert scores["accuracy_top5"] == pytest.approx(sklearn.top_k_accuracy_score(truth, LOGITS.numpy(), k=5))
+    details = objective.details(kept, truth, list("abcdefg"))
+    assert details["confusion"] == sklearn.confusion_matrix(truth, best).tolist()
+    sure = LOGITS.softmax(1).amax(1).double().mean().item()
+    assert details["calibration"]["mean_confidence"] == pytest.approx(sure, rel=1e-6)
+    assert sum(row["count"] for row in details["calibration"]["bins"]) == 40
+
+
 def test_multi_label_smoothing_moves_targets_towards_a_half():
     smooth = torch.where(ROWS > 0, 0.9, 0.1)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(LOGITS, smooth, reduction="sum") / 7

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.training.checkpointing import load_optimizer_tensors, optimizer_tensors
+from modeling_vit_scratch.training.finetuning import prepare_finetuning
 from modeling_vit_scratch.training.optimization import (
     OPTIMIZERS,
     optimizer_warning,
@@ -142,6 +143,38 @@ def test_the_bare_encoder_has_the_rates_it_has_under_a_classifier():
     whole = {name: g.rate_scale for g in parameter_groups(model, 0.05, 0.5) for name in g.names}
     bare = {name: g.rate_scale for g in parameter_groups(model.vit, 0.05, 0.5) for name in g.names}
     assert bare == {name.removeprefix("vit."): scale for name, scale in whole.items() if name.startswith("vit.")}
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+@pytest.mark.parametrize("split_hidden", [False, True])
+def test_the_heads_rate_is_a_multiple_and_all_else_is_as_it_was(layer_decay, split_hidden):
+    model = tiny_model(classifier="mlp")
+    plain = parameter_groups(model, 0.05, layer_decay, split_hidden)
+    scaled = parameter_groups(model, 0.05, layer_decay, split_hidden, head_rate_scale=10)
+    old = {name: (g.rate_scale, g.weight_decay, g.is_hidden_matrix) for g in plain for name in g.names}
+    new = {name: (g.rate_scale, g.weight_decay, g.is_hidden_matrix) for g in scaled for name in g.names}
+    assert sorted(names_of(scaled)) == sorted(names_of(plain))
+    for name, (rate, decay, is_hidden) in old.items():
+        assert new[name] == (10.0 if name.startswith("classifier.") else rate, decay, is_hidden), name
+    assert [g.names[0].partition(".")[0] for g in scaled[-2:]] == ["classifier", "classifier"]
+
+
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", "all-linear"])
+def test_loras_matrices_have_their_layers_rate_decay_and_are_no_hidden_matrices(targets):
+    model = tiny_model(num_hidden_layers=2)
+    prepare_finetuning(model, RECIPES["finetune"].replace(finetune="lora", lora_target_modules=targets))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = parameter_groups(model, 0.05, 0.5, split_hidden=True, head_rate_scale=10)
+    assert sorted(names_of(groups)) == sorted(trained)
+    of = {name: (group.rate_scale, group.weight_decay) for group in groups for name in group.names}
+    for layer, rate in ((0, 0.25), (1, 0.5)):
+        for factor in ("lora_A", "lora_B"):
+            assert of[f"vit.layers.{layer}.attention.q_proj.{factor}.default.weight"] == (rate, 0.05)
+    assert of["classifier.modules_to_save.default.weight"] == (10.0, 0.05)
+    assert of["classifier.modules_to_save.default.bias"] == (10.0, 0.0)
+    assert not any(group.is_hidden_matrix for group in groups)
+    with pytest.raises(UserError, match="--optim muon needs matrices inside the layers, and none is trained here"):
+        OPTIMIZERS["muon"](groups, RECIPE)
 
 
 def test_the_table_names_every_parameter_with_its_rate_and_decay():

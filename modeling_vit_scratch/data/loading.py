@@ -337,7 +337,19 @@ def _load(dataset: Any, num_workers: int, sampler: range | None = None) -> Itera
         generator=torch.Generator(),
         worker_init_fn=_leave_process_group,
     )
-    for item in loader:
+    items = iter(loader)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            item = UserError(
+                "A process that decodes images was killed, often because memory ran out: use fewer "
+                f"--dataloader_num_workers (now {num_workers}). The same command goes on from the last checkpoint."
+            )
         if isinstance(item, UserError):
             item.met_alone = True
             raise item

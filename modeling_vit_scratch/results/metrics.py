@@ -1,5 +1,7 @@
 """Scores as `evaluate.Metric`s that need no network, computed from counts, never averaged over batches."""
 
+import math
+from statistics import NormalDist
 from typing import Any
 
 import datasets
@@ -75,6 +77,70 @@ def classification_scores(rankings: np.ndarray, references: np.ndarray, num_labe
     if num_labels > 5:
         scores |= Top5Accuracy().compute(predictions=rankings, references=references)
     return scores
+
+
+def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """(low, high) of the share that `correct` of `total` images stand for; (0, 1) where there are none.
+
+    Wilson's score interval (1927), which covers as often as it says for few images and for shares near 0 and 1 too,
+    where the usual one does not (Brown, Cai, DasGupta: Interval Estimation for a Binomial Proportion, 2001).
+    """
+    if total == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, scale = correct / total, 1 + z**2 / total
+    middle = share + z**2 / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    low, high = (middle - spread) / scale, (middle + spread) / scale
+    return (0.0 if correct == 0 else low), (1.0 if correct == total else high)  # there exact but for rounding
+
+
+# ---------------------------------------------------------------- how sure the answers are, and how often right
+
+
+class ExpectedCalibrationError(_ImageMetric):
+    """Mean over the images of how far a bin's mean confidence is from its share of right answers.
+
+    predictions (N,): the probability of each answer; references (N,): 1 where it is right, else 0. Bins of equal width,
+    15 by default, each with its upper end (Guo et al., 1706.04599, section 2).
+    """
+
+    predictions = datasets.Value("float64")
+
+    def __init__(self, num_bins: int = 15, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.num_bins = num_bins
+
+    def _compute(self, predictions: list[float], references: list[int]) -> dict[str, float]:
+        bins = calibration_bins(np.asarray(predictions), np.asarray(references), self.num_bins)
+        gaps = [row["count"] * abs(row["accuracy"] - row["confidence"]) for row in bins if row["count"]]
+        return {"expected_calibration_error": sum(gaps) / len(predictions)}
+
+
+def calibration_bins(confidences: np.ndarray, is_right: np.ndarray, num_bins: int) -> list[dict[str, Any]]:
+    """One row a bin (above, up_to] of [0, 1]: its count of images, their mean confidence and share of right answers.
+
+    The means are None in a bin without images. confidences, is_right: (N,).
+    """
+    edges = np.linspace(0, 1, num_bins + 1)
+    places = np.clip(np.searchsorted(edges, confidences, side="left") - 1, 0, num_bins - 1)
+    rows = []
+    for place in range(num_bins):
+        inside = places == place
+        means = (float(values[inside].mean()) if inside.any() else None for values in (confidences, is_right))
+        above, up_to = edges[place : place + 2].tolist()
+        rows.append(
+            {"above": above, "up_to": up_to, "count": int(inside.sum()), **dict(zip(("confidence", "accuracy"), means))}
+        )
+    return rows
+
+
+def calibration(confidences: np.ndarray, is_right: np.ndarray, num_bins: int = 15) -> dict[str, Any]:
+    """expected_calibration_error, mean_confidence and bins. confidences, is_right: (N,), at least one image."""
+    confidences = confidences.astype(np.float64)
+    error = ExpectedCalibrationError(num_bins).compute(predictions=confidences, references=is_right.astype(np.int64))
+    bins = calibration_bins(confidences, is_right, num_bins)
+    return {**error, "mean_confidence": float(confidences.mean()), "bins": bins}
 
 
 # ---------------------------------------------------------------- several labels an image

@@ -181,9 +181,13 @@ def budget(results: dict[str, Any]) -> str:
 def limits(run: RunRecord) -> list[str]:
     """What the records do not show, and what they show that a user should know."""
     results, by_split = run.results, scores(run.results)
+    calibration = results.get("calibration") or {}
+    trust = "its probabilities were not calibrated"
+    if split := judged_split(calibration):
+        error = calibration[split]["expected_calibration_error"]
+        trust += f": on the {split} split they are off by {100 * error:.1f} points on average (calibration error)"
     found = [
-        f"It answers with one of its {len(run.class_names)} classes whatever the image shows, and its probabilities "
-        "were not calibrated.",
+        f"It answers with one of its {len(run.class_names)} classes whatever the image shows, and {trust}.",
         "On images unlike those it was trained and scored on it may do worse than its scores.",
         "The scores are those of one run; another seed gives others.",
     ]

@@ -9,6 +9,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 from ..errors import UserError
+from .metrics import wilson_interval
 
 Row = dict[str, Any]
 
@@ -140,9 +141,8 @@ def metric_text(metric: str, value: float) -> str:
 
 def accuracy_margin(accuracy: float, num_images: int) -> float:
     """Half the width of the 95% interval of an accuracy counted on `num_images` (Wilson's, so never zero)."""
-    z_squared = 1.96**2
-    spread = accuracy * (1 - accuracy) / num_images + z_squared / (4 * num_images**2)
-    return 1.96 * math.sqrt(spread) / (1 + z_squared / num_images)
+    low, high = wilson_interval(round(accuracy * num_images), num_images)
+    return (high - low) / 2
 
 
 def overfitting_note(evaluations: list[Row]) -> str | None:

@@ -9,19 +9,28 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from ..errors import UserError
 
 MANIFEST = "MANIFEST.json"
 PARTIAL = ".partial-"  # no resume looks at a folder of this name
+REPLACED = ".replaced-"  # a checkpoint that another of its step takes the place of; put back where that one never came
 
 
 def step_folder(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
@@ -51,30 +60,72 @@ def save_checkpoint(
     state: dict[str, Any],
     averaged_tensors: dict[str, torch.Tensor] | None = None,
 ) -> Path:
-    """The path of a new checkpoint of this step: written beside, synced, then renamed into place in one act."""
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / step_folder(step)
+    """The path of a new checkpoint of this step: written beside, synced, then renamed into place in one act.
+
+    Damaged checkpoints of later steps, which the run passed over when it went on, are removed: they must not count
+    among the last that are kept. Raises UserError where it cannot be written, on a full disk say; those before it stay.
+    """
     partial = folder / f"{PARTIAL}{step_folder(step)}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for file, tensors in {"model": model_tensors, "averaged": averaged_tensors}.items():
-        if tensors is not None:
-            on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(on_cpu, partial / f"{file}.safetensors")
-    save_file(optimizer_state, partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-    files = sorted(partial.iterdir())
-    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    files = {"model": model_tensors, "averaged": averaged_tensors, "optimizer": optimizer_state}
+    files = {name: tensors for name, tensors in files.items() if tensors is not None}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _put_back(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _write(partial, files, {"step": step, **state})
+        target = _put_in_place(partial, folder / step_folder(step))
+        for later in checkpoints(folder):
+            if step_of(later) > step and damage(later) is not None:
+                remove(later)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk its room is needed
+        num_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+        raise UserError(_could_not_write(folder, step, num_bytes, error)) from error
+    return target
+
+
+def _write(partial: Path, files: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]):
+    """Every file of a checkpoint and its manifest, on the disk when this returns."""
+    for name, tensors in files.items():
+        on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(on_cpu, partial / f"{name}.safetensors")
+    (partial / "state.json").write_text(json.dumps(state, indent=1))
+    written = sorted(partial.iterdir())
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in written}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for file in (*files, partial / MANIFEST, partial):
+    for file in (*written, partial / MANIFEST, partial):
         _sync(file)
-    replaced = folder / f"{PARTIAL}{step_folder(step)}-old"
-    if target.exists():  # of a run that went another way: it stays until the new one is whole
+
+
+def _put_in_place(partial: Path, target: Path) -> Path:
+    """The target, which the whole partial folder now is; one that was there stays within reach until then."""
+    replaced = target.with_name(f"{REPLACED}{target.name}")
+    if target.exists():
         os.rename(target, replaced)
     os.rename(partial, target)
+    _sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    _sync(folder)
     return target
+
+
+def _put_back(folder: Path):
+    """A crash between two renames leaves a checkpoint under its other name: it gets its own again."""
+    for replaced in folder.glob(f"{REPLACED}*"):
+        own = folder / replaced.name.removeprefix(REPLACED)
+        if own.exists():
+            remove(replaced)
+        else:
+            os.rename(replaced, own)
+
+
+def _could_not_write(folder: Path, step: int, num_bytes: int, error: Exception) -> str:
+    text = f"The checkpoint of step {step}, {num_bytes / 1e6:,.1f} MB, could not be written to {folder}: {error}."
+    with suppress(OSError):  # the disk itself may be gone
+        text += f" {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there."
+        last = newest_whole(folder, say=lambda _: None)
+        text += f" The last good checkpoint is {last}." if last else " There is no checkpoint yet."
+    return f"{text} Make room, or mend the disk, and start the same command again."
 
 
 def _sha256(file: Path) -> str:
@@ -110,7 +161,7 @@ def damage(checkpoint: Path) -> str | None:
             if _sha256(file) != expected["sha256"]:
                 return f"{name} has changed since it was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its manifest cannot be read ({error})"
+        return f"it cannot be read ({error})"
     return None
 
 
@@ -119,11 +170,12 @@ def checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if path.name.startswith("step-") and path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest_whole(folder: Path, say: Any = print) -> Path | None:
     """The newest checkpoint that is whole; damaged ones are passed over, aloud."""
+    _put_back(folder)
     for checkpoint in checkpoints(folder):
         wrong = damage(checkpoint)
         if wrong is None:
@@ -143,7 +195,11 @@ class Checkpoint:
 
 
 def load_checkpoint(checkpoint: Path) -> Checkpoint:
-    """The contents of a verified checkpoint."""
+    """The contents of a checkpoint. Raises UserError for one that is not whole."""
+    if (wrong := damage(checkpoint)) is not None:
+        raise UserError(
+            f"{checkpoint} is damaged: {wrong}. Put it back from a copy, or start afresh with --overwrite_output_dir."
+        )
     averaged = checkpoint / "averaged.safetensors"
     return Checkpoint(
         load_file(checkpoint / "model.safetensors"),
@@ -157,9 +213,20 @@ def prune(folder: Path, keep_last: int, best_step: int | None):
     """Removes all checkpoints but the last `keep_last` and the best, and what a crash left half written."""
     for index, checkpoint in enumerate(checkpoints(folder)):
         if index >= keep_last and checkpoint.name != (step_folder(best_step) if best_step is not None else None):
-            # renamed first: a half-removed checkpoint must not carry a checkpoint's name
-            doomed = folder / f"{PARTIAL}{checkpoint.name}-old"
-            os.rename(checkpoint, doomed)
-            shutil.rmtree(doomed)
+            remove(checkpoint)
     for leftover in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove(checkpoint: Path):
+    """Renamed first: a half-removed checkpoint must not carry a checkpoint's name. Raises UserError where it stays."""
+    doomed = checkpoint.with_name(f"{PARTIAL}{checkpoint.name.removeprefix(REPLACED)}-old")
+    try:
+        shutil.rmtree(doomed, ignore_errors=True)  # of a removal that a crash cut short
+        os.rename(checkpoint, doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        raise UserError(
+            f"The checkpoint {checkpoint} could not be removed: {error}. Set --save_total_limit higher to keep it, or "
+            "remove it by hand, and start the same command again."
+        ) from error

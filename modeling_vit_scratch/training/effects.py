@@ -6,6 +6,7 @@ from ..data.decoding import Decoder
 from ..data.loading import is_resident
 from ..data.sources import Source
 from ..errors import UserError
+from .features import can_cache_features
 from .recipes import Recipe
 from .time_budget import seconds_of
 
@@ -30,6 +31,19 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
     "stream_window": (lambda r: not r.streaming, "it goes with --streaming true"),
     "preset": (lambda r: r.model_name_or_path is not None, "the checkpoint decides the network"),
     "config_overrides": (lambda r: r.model_name_or_path is not None, "the checkpoint decides the network"),
+    "finetune": (lambda r: r.model_name_or_path is None, "it goes with --model_name_or_path"),
+    **dict.fromkeys(
+        ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+        (lambda r: r.finetune != "lora", "it goes with --finetune lora"),
+    ),
+    **dict.fromkeys(
+        ("head_learning_rate_scale", "layer_decay"),
+        (lambda r: r.finetune == "head", "the classifier alone is trained, at --learning_rate"),
+    ),
+    **dict.fromkeys(
+        ("torch_compile", "gradient_checkpointing"),
+        (lambda r: can_cache_features(r, 0, 0), "the frozen backbone sees each image once"),
+    ),
     "metric_for_best_model": (
         lambda r: not r.load_best_model_at_end and r.early_stopping_patience is None,
         "it goes with --load_best_model_at_end or --early_stopping_patience",

@@ -39,7 +39,7 @@ def evaluate(
 
     dtype: of pixels and logits, that of the weights.
     """
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}  # frozen parts stay in eval mode in training
     model.eval()
     device = accelerator.device
     # a rank may have no sample of a small split: an empty start gives the columns their shapes all the same
@@ -52,7 +52,8 @@ def evaluate(
             logits = model(pixel_values=normalise(batch.images, *normalisation, dtype)).logits.to(dtype)
         samples = batch.positions.to(device, non_blocking=True)
         parts.append([samples, objective.kept(logits), batch.labels, objective.losses(logits, batch.labels)])
-    model.train(was_training)
+    for module, was_training in modes.items():
+        module.training = was_training
     columns = [torch.cat(column) for column in zip(*parts, strict=True)]
     if accelerator.num_processes > 1:  # ranks may hold one sample more or less: rows of padding have sample -1
         columns = [accelerator.gather(accelerator.pad_across_processes(c, pad_index=-1)) for c in columns]

@@ -1,6 +1,7 @@
 """Flags to a Recipe: a named recipe, a file of flags over it, the command line over both."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from safetensors import SafetensorError
 
 from ..errors import UserError, unknown
-from .recipes import FIELDS, GROUPS, RECIPES, Recipe
+from .recipes import FIELDS, FINETUNING, GROUPS, RECIPES, Recipe
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 LENGTHS = ("max_steps", "num_train_epochs", "time_budget")
 REFUSED = {
     "per_device_train_batch_size": "use --train_batch_size: batches are global, each process takes its share",
@@ -115,7 +118,9 @@ def parse_arguments(arguments: list[str]) -> tuple[Recipe, frozenset[str]]:
     if any(name in words for name in LENGTHS):  # the command line over the file
         written = {name: value for name, value in written.items() if name not in LENGTHS or name in words}
     chosen = {name: parse_value(name, value) for name, value in written.items()}
-    if "recipe" not in chosen and chosen.get("train_dir") is not None:
+    if "recipe" not in chosen and chosen.get("model_name_or_path") is not None:
+        chosen["recipe"] = "finetune"
+    elif "recipe" not in chosen and chosen.get("train_dir") is not None:
         chosen["recipe"] = "folder"
     name = chosen.get("recipe", "digits")
     if name not in RECIPES:
@@ -124,8 +129,11 @@ def parse_arguments(arguments: list[str]) -> tuple[Recipe, frozenset[str]]:
 
 
 def combine(recipe: Recipe, chosen: dict[str, Any]) -> Recipe:
-    """The recipe with the chosen fields over it; one kind of data or of length replaces the recipe's other."""
+    """The recipe with the chosen fields over it; one kind of data or of length replaces the recipe's other, and the
+    recipe finetune takes what goes with --finetune."""
     changes = dict(chosen)
+    if recipe.recipe == "finetune":
+        changes = FINETUNING.get(chosen.get("finetune", recipe.finetune).partition(":")[0], {}) | changes
     if chosen.get("train_dir") is not None:
         if chosen.get("dataset_name") is not None:
             raise UserError("--train_dir and --dataset_name both name the training images: give one of them.")
@@ -179,6 +187,12 @@ def exit_code(act: Callable[[], object]) -> int:
     except UserError as error:
         if error.met_alone or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    except (OSError, SafetensorError) as error:  # written besides checkpoints: metrics, scores, the report, model/
+        if "No space left" not in str(error) and getattr(error, "errno", None) not in FULL:
+            raise
+        text = " ".join(str(error).split())
+        print(f"error: {text}. Make room and start the same command again: it goes on.", file=sys.stderr, flush=True)
         return 2
     except Interrupted as stop:
         print(stop, file=sys.stderr, flush=True)

@@ -21,21 +21,23 @@ from ..data.loading import Batch, EvaluationData, TrainingData
 from ..data.order import derived_seed
 from ..data.sources import Source, hold_out
 from ..errors import UserError
+from ..modeling_vit_scratch import ViTScratchForImageClassification
 from . import effects
 from .averaging import AveragedWeights, check_decay
 from .bad_images import leave_out_bad_images
 from .checkpointing import checkpoints
 from .evaluation import Evaluation, evaluate
+from .features import HeadOnFeatures, cache_features, can_cache_features, start_from_ridge
+from .finetuning import head_rate_scale, prepare_finetuning, set_train_mode
 from .guard import FiniteGuard, poisoned
+from .interruptions import Interruptions
 from .machine import (
     agree,
     first_on_each_node,
     gather_batch,
-    must_stop,
     num_cores,
     refuse_precision,
     start_accelerator,
-    stop_signals,
 )
 from .network import build_augmentation, build_network, source_of
 from .objectives import MultiLabel, Objective, SingleLabel
@@ -82,6 +84,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         hold_out(source, recipe.train_val_split, recipe.seed)
     set_seed(derived_seed(recipe.seed, "initialisation") % 2**32)
     model, processor, loading_report = build_network(recipe, chosen, source)
+    num_parameters, finetuning = model.num_parameters(), prepare_finetuning(model, recipe)
     decoder, augment = build_augmentation(recipe, processor)
     batch_size, num_samples, num_labels = recipe.train_batch_size, len(source.splits["train"]), len(source.class_names)
     if batch_size < world_size * (2 if recipe.streaming else 1):
@@ -114,18 +117,37 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     pixels = normalisation(processor, device)
     mixing = Mixing(recipe.mixup_alpha, recipe.cutmix_alpha, recipe.mixup_prob, recipe.mixup_switch_prob)
 
-    # --- optimizer and state
+    # --- a frozen backbone sees each image once: from here on its features stand where images were
     model.to(device=device, dtype=getattr(torch, recipe.dtype))
+    objective = _objective(recipe, source, device, model.dtype)
+    baseline, trained_part = None, _whole
+    if can_cache_features(recipe, num_samples, model.config.hidden_size):
+        cached = cache_features(model, data, held, pixels, recipe.horizontal_flip_prob, accelerator)
+        data, held, augment, pixels = cached.training, cached.held, cached.augment, cached.pixels
+        trained_part = HeadOnFeatures
+
+    def scored(network: ViTScratchForImageClassification, split: str) -> Evaluation:
+        return evaluate(trained_part(network), held[split], pixels, accelerator, objective, model.dtype)
+
+    if trained_part is HeadOnFeatures and (ridge := start_from_ridge(model, data)) is not None:
+        baseline = {"ridge_penalty": ridge.penalty, "left_out_accuracy": ridge.accuracy}
+        text = f"ridge on the frozen features: accuracy {ridge.accuracy:.4f} leaving out each training image in turn"
+        if "validation" in held:
+            baseline["validation_accuracy"] = scored(model, "validation").scores["accuracy"]
+            text += f", {baseline['validation_accuracy']:.4f} on validation"
+        accelerator.print(f"{text} (penalty {ridge.penalty:g}); training goes on from it", flush=True)
+
+    # --- optimizer and state
     averaged = AveragedWeights(model, recipe.ema_decay) if recipe.ema_decay is not None else None
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, split_hidden=recipe.optim == "muon")
+    head_scale = head_rate_scale(recipe, loading_report)
+    groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.optim == "muon", head_scale)
     if recipe.torch_compile:
         model.compile()  # in place: parameter names stay as they are
-    network = accelerator.prepare(model)
+    network = accelerator.prepare(trained_part(model))
     optimizer = accelerator.prepare(OPTIMIZERS[recipe.optim](groups, recipe))
     guard = FiniteGuard(optimizer.optimizer, device, may_wait=device.type == "cpu")
-    objective = _objective(recipe, source, device, model.dtype)
     state = TrainingState(
         accelerator, model, optimizer, groups, averaged, output_dir / "checkpoints", recipe.save_total_limit
     )
@@ -164,14 +186,14 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             settings["lr"] = rate * settings["rate_scale"]
 
     def score(split: str) -> Evaluation:
-        return evaluate(state.published, held[split], pixels, accelerator, objective, model.dtype)
+        return scored(state.published, split)
 
     # --- how many steps
     def evaluation_interval(total_steps: int) -> int:
         default = max(total_steps / EVALUATIONS_PER_RUN, num_samples / batch_size, 1)
         return in_steps(recipe.eval_steps or default, total_steps)
 
-    if position.total_steps is None:
+    if position.total_steps is None or recipe.time_budget is None:
         position.total_steps = recipe.max_steps
         if recipe.num_train_epochs is not None:
             position.total_steps = math.ceil(recipe.num_train_epochs * num_samples / batch_size)
@@ -184,7 +206,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
                     optimizer.step()
                     optimizer.zero_grad()
 
-            network.train()
+            set_train_mode(network)
             budget = seconds_of(recipe.time_budget)
             rehearsal = rehearse(accelerator, rehearse_steps, {name: lambda n=name: score(n) for name in held}, budget)
             optimizer.optimizer.state.clear()
@@ -197,12 +219,16 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
                 f"{position.total_steps:,} steps of {rehearsal.step_seconds:.3f} s fit into {recipe.time_budget}"
             )
     total_steps = position.total_steps
+    if position.step > total_steps:
+        raise UserError(f"{output_dir} is at step {position.step} already: {total_steps} steps are fewer.")
+    (output_dir / "results.json").unlink(missing_ok=True)  # of a run that is made longer
     check_schedule(recipe, total_steps)
     check_decay(recipe.ema_decay, total_steps)
     mixing_ends = total_steps if recipe.mixup_off_step is None else in_steps(recipe.mixup_off_step, total_steps)
     if recipe.time_budget is not None and position.step == 0:
         state.save()  # the number of steps is never measured again
-    _announce(accelerator, source, model, loading_report, total_steps, batch_size, data, workers)
+    starts_from = [] if loading_report is None else [str(loading_report), str(finetuning)]
+    _announce(accelerator, source, num_parameters, starts_from, total_steps, batch_size, data, workers)
     if warning := optimizer_warning(recipe, total_steps):
         accelerator.print(warning)
 
@@ -213,8 +239,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     latest: Evaluation | None = None
     first_step = position.step if not position.has_stopped_early else total_steps
     clock = time.perf_counter()
-    network.train()
-    with stop_signals() as signals:
+    set_train_mode(network)
+    with Interruptions(accelerator, recipe.save_minutes, first_step) as interruptions:
         batches = iter(data.batches(first_step, total_steps))
         for step in range(first_step, total_steps):
             waiting_since = time.perf_counter()
@@ -259,9 +285,10 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
                 position.has_stopped_early = patience is not None and position.evaluations_since_best >= patience
             last |= position.has_stopped_early
             is_best = recipe.load_best_model_at_end and position.best_step == position.step
-            stopping = must_stop(signals, accelerator, position.step)
-            if is_best or is_saved or last or stopping:
+            stopping, minutes_are_up = interruptions.after(position.step)
+            if is_best or is_saved or minutes_are_up or last or stopping:
                 folder = state.save()
+                interruptions.saved()
                 if stopping and not last:
                     progress.close()
                     raise Interrupted(f"stopped by a signal; saved {folder}. The same command goes on from there.")
@@ -284,10 +311,11 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             latest = None
         weights = f"best at step {state.use_best()}" + ("" if averaged is None else ", averaged")
     finals = {name: latest if name == "validation" and latest is not None else score(name) for name in held}
-    results = {**collect_results(recipe, chosen, accelerator, source, state, finals, weights), **skipped}
+    learned = {"num_parameters": num_parameters, "trainable_parameters": finetuning.num_trained, "baseline": baseline}
+    results = {**collect_results(recipe, chosen, accelerator, source, state, finals, weights), **learned, **skipped}
     if accelerator.is_main_process:
         # under autocast the weights are float32 all along; DDP and compile leave `model` itself as it was
-        save_model(output_dir, state.published, processor)
+        save_model(output_dir, state.published, processor, recipe.model_name_or_path)
         publish(output_dir, results)
     accelerator.print(
         f"{score_table(final_scores(results))}\n{output_dir} holds the run, {output_dir}/model the model."
@@ -298,6 +326,10 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
 
 
 # ---------------------------------------------------------------- the parts of a run
+
+
+def _whole(model: ViTScratchForImageClassification) -> torch.nn.Module:
+    return model
 
 
 def _objective(recipe: Recipe, source: Source, device: torch.device, dtype: torch.dtype) -> Objective:
@@ -328,7 +360,7 @@ def _num_workers(recipe: Recipe, source: Source, decoder: Decoder, device: torch
     return min(16, max(1, num_threads))
 
 
-def _announce(accelerator, source: Source, model, loading_report, total_steps, batch_size, data, workers):
+def _announce(accelerator, source: Source, num_parameters, starts_from, total_steps, batch_size, data, workers):
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in source.splits.items())
     how = "streamed" if source.streaming else "resident" if data.resident is not None else "read at random"
     decoding = "" if data.resident is not None else f", {workers} decoding worker(s)"
@@ -336,11 +368,11 @@ def _announce(accelerator, source: Source, model, loading_report, total_steps, b
     accelerator.print(f"{source.name}: {sizes} images of {len(source.class_names)} classes{several}, {how}{decoding}")
     for note in source.notes:
         accelerator.print(f"note: {note}")
-    if loading_report is not None:
-        accelerator.print(str(loading_report))
+    for line in starts_from:
+        accelerator.print(line)
     epochs = total_steps * batch_size / len(source.splits["train"])
     accelerator.print(
-        f"{model.num_parameters():,} parameters, {total_steps:,} steps of {batch_size} images: {epochs:.4g} epochs",
+        f"{num_parameters:,} parameters, {total_steps:,} steps of {batch_size} images: {epochs:.4g} epochs",
         flush=True,
     )
 

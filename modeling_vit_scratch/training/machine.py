@@ -4,10 +4,8 @@ import importlib.metadata
 import os
 import platform
 import shlex
-import signal
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,36 +116,6 @@ def gather_batch(
     return images, labels, positions.cpu()
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and Ctrl-C add to; a second Ctrl-C is not caught."""
-    received: list[int] = []
-
-    def remember(number: int, _frame: Any):
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        old = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def must_stop(received: list[int], accelerator: Accelerator, step: int) -> bool:
-    """Whether to stop after this step: processes get a signal at different steps and must leave at the same one."""
-    if accelerator.num_processes == 1:
-        return bool(received)
-    if step % 10:
-        return False
-    return bool(accelerator.reduce(torch.tensor(len(received), device=accelerator.device), reduction="sum"))
-
-
 def command(accelerator: Accelerator, recipe: Recipe, chosen: frozenset[str]) -> str:
     """The command that repeats this run, as a person would type it; where it was written to is nobody's business."""
     launch = ["accelerate", "launch"]
@@ -164,7 +132,10 @@ def command(accelerator: Accelerator, recipe: Recipe, chosen: frozenset[str]) ->
 
 
 def versions() -> dict[str, str]:
-    names = ("torch", "torchvision", "transformers", "datasets", "accelerate", "evaluate", "huggingface_hub", "numpy")
+    names = (
+        "torch", "torchvision", "transformers", "datasets", "accelerate", "evaluate", "huggingface_hub", "numpy",
+        "peft",
+    )  # fmt: skip
     found = {"python": platform.python_version()}
     for name in names:
         try:

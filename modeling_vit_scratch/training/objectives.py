@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ..results.metrics import (
+    calibration,
     classification_scores,
     confusion,
     multi_label_per_class_scores,
@@ -43,16 +44,21 @@ class SingleLabel:
         return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
     def kept(self, logits: torch.Tensor) -> torch.Tensor:
-        """What is kept of the logits for the scores: the five most probable classes, best first."""
-        return logits.topk(min(5, self.num_labels), dim=1).indices
+        """What is kept of the logits for the scores: the five most probable classes, best first, and the probability
+        of the first (B, min(5, K) + 1). One tensor of floats, which hold the class ids of any network exactly."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        best = logits.topk(min(5, self.num_labels), dim=1).indices.to(logits.dtype)
+        return torch.cat([best, logits.softmax(dim=1).amax(dim=1, keepdim=True)], dim=1)
 
     def scores(self, kept: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        return classification_scores(kept, references, self.num_labels)
+        return classification_scores(kept[:, :-1].astype(np.int64), references, self.num_labels)
 
     def details(self, kept: np.ndarray, references: np.ndarray, class_names: list[str]) -> dict[str, Any]:
+        answers = kept[:, 0].astype(np.int64)
         return {
-            "per_class": per_class_scores(kept[:, 0], references, class_names),
-            "confusion": confusion(kept[:, 0], references, self.num_labels),
+            "per_class": per_class_scores(answers, references, class_names),
+            "confusion": confusion(answers, references, self.num_labels),
+            "calibration": calibration(kept[:, -1], answers == references),
         }
 
 

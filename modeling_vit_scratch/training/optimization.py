@@ -25,7 +25,11 @@ class ParameterGroup:
 
 
 def parameter_groups(
-    model: ViTScratchPreTrainedModel, weight_decay: float, layer_decay: float = 1.0, split_hidden: bool = False
+    model: ViTScratchPreTrainedModel,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    split_hidden: bool = False,
+    head_rate_scale: float = 1.0,
 ) -> list[ParameterGroup]:
     """Groups of the trainable parameters, each of which stands in exactly one: matrices, which decay, then norms,
     biases, LayerScale, tokens and positions, which do not (article 1 leaves its tokens and positions out of both).
@@ -34,22 +38,28 @@ def parameter_groups(
     embeddings layer_decay ** (L + 1); groups then go from the embeddings up. This is BEiT's rule (2106.08254), which
     gives the final norm the classifier's rate; timm gives it the last layer's.
     split_hidden: the matrices inside the layers (q, k, v, o, fc1, fc2) form groups of their own, before the others.
+    LoRA's are not among them: each is one factor of a matrix. They decay as the matrices they stand for, as in LoRA's
+    own runs (2106.09685, appendix D.4), and have their layer's rate.
+    head_rate_scale: the classifier's rate is this multiple of the highest; its groups then come last.
     """
     without = model.no_weight_decay()
     top = model.config.num_hidden_layers + 1
+    head = top + (head_rate_scale != 1)
     rows: dict[tuple[int, bool, bool], list[tuple[str, torch.nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim >= 2 and name not in without
-            is_hidden = split_hidden and decays and parameter.ndim == 2 and 0 < _depth(name, top) < top
+            is_inside = 0 < _depth(name, top) < top and ".lora_" not in name
+            is_hidden = split_hidden and decays and parameter.ndim == 2 and is_inside
             depth = top if layer_decay == 1 else _depth(name, top)
+            depth = head if name.startswith("classifier.") else depth
             rows.setdefault((depth, not decays, not is_hidden), []).append((name, parameter))
     return [
         ParameterGroup(
             names=[name for name, _ in members],
             parameters=[parameter for _, parameter in members],
             weight_decay=0.0 if is_kept else weight_decay,
-            rate_scale=layer_decay ** (top - depth),
+            rate_scale=head_rate_scale if depth == head else layer_decay ** (top - depth),
             is_hidden_matrix=not is_other,
         )
         for (depth, is_kept, is_other), members in sorted(rows.items(), key=lambda item: item[0])

@@ -13,6 +13,7 @@ from ..results.model_folder import save_model_folder
 from ..results.plots import write_plots
 from ..results.report import write_report
 from .evaluation import Evaluation
+from .finetuning import has_adapter, merged, save_adapter
 from .machine import command, commit, hardware, versions
 from .recipes import Recipe
 from .run_folder import write_json
@@ -47,7 +48,6 @@ def collect_results(
         "images_per_second": round(position.step * recipe.train_batch_size / max(position.train_seconds, 1e-9), 1),
         "weights": weights,
         "best_step": position.best_step,
-        "num_parameters": state.model.num_parameters(),
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "hardware": hardware(accelerator),
@@ -61,13 +61,19 @@ def collect_results(
         "class_names": source.class_names,
         **{
             kind: {split: found[kind] for split, found in details.items() if kind in found}
-            for kind in ("per_class", "confusion")
+            for kind in ("per_class", "confusion", "calibration")
         },
     }
 
 
-def save_model(output_dir: Path, model: ViTScratchForImageClassification, processor: Processor):
-    save_model_folder(output_dir / "model", model, model.state_dict(), processor)
+def save_model(
+    output_dir: Path, model: ViTScratchForImageClassification, processor: Processor, model_name_or_path: str | None
+):
+    """Writes model/, with LoRA merged into the matrices, and where there is LoRA, the adapter alone to adapter/."""
+    if has_adapter(model):
+        save_adapter(model, output_dir / "adapter", model_name_or_path)
+    plain = merged(model)
+    save_model_folder(output_dir / "model", plain, plain.state_dict(), processor)
 
 
 def publish(output_dir: Path, results: dict[str, Any]):

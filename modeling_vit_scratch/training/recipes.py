@@ -66,6 +66,15 @@ class Recipe:
     model_name_or_path: str | None = flag(
         None, NETWORK, "a pretrained checkpoint to start from, on the Hub or a folder"
     )
+    finetune: str = flag(
+        "full", NETWORK, "what is trained of the checkpoint: full, head, last:K (layers), attention or lora"
+    )
+    lora_r: int = flag(8, NETWORK, "rank of LoRA's matrices", at_least=1)
+    lora_alpha: float = flag(16, NETWORK, "LoRA's update is scaled by lora_alpha / lora_r", above=0)
+    lora_dropout: float = flag(0.0, NETWORK, "dropout on the input of LoRA's matrices", at_least=0, below=1)
+    lora_target_modules: str = flag(
+        "q_proj,v_proj", NETWORK, "matrices with LoRA: names with commas, attention (its four) or all-linear"
+    )
     dtype: str = flag(
         "float32", NETWORK, "of the weights; float64 is for comparisons on a CPU", choices=("float32", "float64")
     )
@@ -97,6 +106,10 @@ class Recipe:
     layer_decay: float = flag(
         1.0, OPTIMIZATION, "each layer's rate is this share of the one above it, the classifier's is the highest",
         above=0, at_most=1,
+    )  # fmt: skip
+    head_learning_rate_scale: float | None = flag(
+        None, OPTIMIZATION, "the classifier's rate as a multiple of the others'; else 10 for a checkpoint's new head",
+        above=0,
     )  # fmt: skip
     adam_beta1: float = flag(0.9, OPTIMIZATION, "Adam's and AdamW's beta1", at_least=0, below=1)
     adam_beta2: float = flag(0.999, OPTIMIZATION, "Adam's and AdamW's beta2", at_least=0, below=1)
@@ -169,6 +182,10 @@ class Recipe:
     # --- evaluation, logging and saving
     output_dir: str | None = flag(None, OUTPUT, "folder of this run; else outputs/<recipe>")
     overwrite_output_dir: bool = flag(False, OUTPUT, "start afresh where the folder holds a run already")
+    resume_from_checkpoint: str | None = flag(
+        None, OUTPUT, "go on from this checkpoint's folder; true: from the newest, which must be there; else from the "
+        "newest there is",
+    )  # fmt: skip
     logging_steps: int = flag(50, OUTPUT, "steps between two rows of metrics.jsonl", at_least=1)
     eval_steps: float | None = flag(
         None,
@@ -177,6 +194,7 @@ class Recipe:
         above=0,
     )
     save_steps: float = flag(500, OUTPUT, "steps between two checkpoints; under 1: a share of all steps", above=0)
+    save_minutes: float | None = flag(None, OUTPUT, "minutes between two checkpoints, besides those by steps", above=0)
     save_total_limit: int = flag(2, OUTPUT, "checkpoints kept, besides the best", at_least=1)
     load_best_model_at_end: bool = flag(False, OUTPUT, "model/ takes the weights that validated best, not the last")
     metric_for_best_model: str = flag(
@@ -211,10 +229,18 @@ FIELDS: dict[str, dataclasses.Field] = {item.name: item for item in dataclasses.
 # A resumed run may differ in these: they change what is written or how fast, not what is learned.
 MAY_CHANGE_ON_RESUME = frozenset(
     {
-        "output_dir", "overwrite_output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to",
-        "dataloader_num_workers", "cpu_threads", "eval_batch_size",
+        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_minutes",
+        "save_total_limit", "report_to", "dataloader_num_workers", "cpu_threads", "eval_batch_size",
     }
 )  # fmt: skip
+LENGTHS = ("max_steps", "num_train_epochs")
+
+
+def may_change_on_resume(recipe: Recipe) -> frozenset[str]:
+    """The fields in which a resumed run may differ: its length too, where no step depends on how many there are."""
+    shares = (recipe.warmup_steps, recipe.mixup_off_step)  # under 1 they are shares of all steps
+    is_open_ended = recipe.lr_scheduler_type == "constant" and not any(0 < (share or 0) < 1 for share in shares)
+    return MAY_CHANGE_ON_RESUME | frozenset(LENGTHS if is_open_ended and recipe.time_budget is None else ())
 
 
 def check_range(name: str, value: Any, limits: Any):
@@ -276,4 +302,20 @@ RECIPES: dict[str, Recipe] = {
         train_batch_size=64, learning_rate=1e-3, label_smoothing_factor=0.1, horizontal_flip_prob=0.5,
         random_resized_crop_scale=0.25, train_val_split=0.15,
     ),
+    # accelerate launch run_train.py --train_dir photos/train --model_name_or_path outputs/cifar10/model
+    "finetune": Recipe(
+        recipe="finetune", num_train_epochs=15, train_batch_size=64, learning_rate=1e-4, layer_decay=0.75,
+        warmup_steps=0.1, label_smoothing_factor=0.1, horizontal_flip_prob=0.5, random_resized_crop_scale=0.35,
+        train_val_split=0.15,
+    ),
 }  # fmt: skip
+
+# what the recipe finetune becomes with --finetune head, ...: fewer weights bear a higher rate; the features of a head
+# are computed once, without crops
+FINETUNING: dict[str, dict[str, Any]] = {
+    "full": {},
+    "head": {"learning_rate": 1e-3, "num_train_epochs": 30, "random_resized_crop_scale": None, "layer_decay": 1.0},
+    "last": {"learning_rate": 3e-4, "layer_decay": 1.0},
+    "attention": {"learning_rate": 3e-4},
+    "lora": {"learning_rate": 1e-3, "layer_decay": 1.0, "head_learning_rate_scale": 1.0},
+}

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .checkpointing import checkpoints, newest_whole
-from .recipes import MAY_CHANGE_ON_RESUME, Recipe
+from .checkpointing import checkpoints, damage, newest_whole, remove, step_of
+from .recipes import LENGTHS, Recipe, may_change_on_resume
 
 OURS = (
     "recipe.json", "bad_images.json", "metrics.jsonl", "results.json", "report.html", "plots", "tensorboard",
-    "checkpoints", "model",
+    "checkpoints", "model", "adapter",
 )  # fmt: skip
 
 
@@ -47,21 +47,52 @@ def _open_run(folder: Path, recipe: Recipe, facts: dict[str, Any]) -> RunState:
         for name in OURS:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    results = folder / "results.json"
     begun = (folder / "metrics.jsonl").exists() or checkpoints(folder / "checkpoints")
     if record.exists() and begun:  # a run that stopped before its first step is nobody's yet
-        _refuse_another_recipe(folder, json.loads(record.read_text(encoding="utf-8")), recipe, facts)
-        if (folder / "results.json").exists():
-            return RunState(results=json.loads((folder / "results.json").read_text(encoding="utf-8")))
+        old = json.loads(record.read_text(encoding="utf-8"))
+        _refuse_another_recipe(folder, old, recipe, facts)
+        goes_on = any(old.get(name) != getattr(recipe, name) for name in LENGTHS) or _names_checkpoint(recipe)
+        if results.exists() and not goes_on:
+            return RunState(results=json.loads(results.read_text(encoding="utf-8")))
     elif not record.exists() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"--output_dir {folder} holds files but no run; choose a new folder.")
+    checkpoint = _checkpoint_to_take(folder / "checkpoints", recipe)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(record, {**recipe.to_dict(), **facts})
-    return RunState(checkpoint=newest_whole(folder / "checkpoints"))
+    return RunState(checkpoint=checkpoint)
+
+
+def _names_checkpoint(recipe: Recipe) -> bool:
+    return recipe.resume_from_checkpoint is not None and recipe.resume_from_checkpoint.lower() != "true"
+
+
+def _checkpoint_to_take(folder: Path, recipe: Recipe) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint asks for, else the newest whole one, if there is one.
+
+    Checkpoints after a named one are of a way that is not taken: they are removed.
+    """
+    wanted = recipe.resume_from_checkpoint
+    if not _names_checkpoint(recipe):
+        newest = newest_whole(folder)
+        if wanted is not None and newest is None:
+            raise UserError(f"--resume_from_checkpoint true: there is no whole checkpoint in {folder}.")
+        return newest
+    named = Path(wanted)
+    if not named.is_dir():
+        raise UserError(f"--resume_from_checkpoint takes true or a checkpoint's folder; there is none at {wanted}.")
+    if (wrong := damage(named)) is not None:
+        raise UserError(f"--resume_from_checkpoint {wanted} cannot be taken: {wrong}.")
+    for checkpoint in checkpoints(folder):
+        if step_of(checkpoint) > step_of(named):
+            remove(checkpoint)
+    return named
 
 
 def _refuse_another_recipe(folder: Path, old: dict[str, Any], recipe: Recipe, facts: dict[str, Any]):
     new = {**json.loads(json.dumps(recipe.to_dict())), **facts}
-    compared = [name for name in new if name not in MAY_CHANGE_ON_RESUME and name != "num_processes"]
+    free = may_change_on_resume(recipe) | {"num_processes"}
+    compared = [name for name in new if name not in free]
     differing = [f"{name}: {old.get(name)!r} -> {new[name]!r}" for name in compared if old.get(name) != new[name]]
     if differing:
         raise UserError(

@@ -15,6 +15,7 @@ from ..data.sources import Source
 from ..errors import UserError
 from ..results.augmentation_grid import Panel, write_augmentation_grid
 from . import effects
+from .finetuning import head_rate_scale, prepare_finetuning
 from .flags import Parser, exit_code, parse_arguments
 from .network import build_augmentation, build_network, source_of
 from .optimization import parameter_groups, parameter_table
@@ -115,7 +116,7 @@ def show_parameters(arguments: list[str]) -> int:
     """Prints every parameter with its shape, highest rate and weight decay; the exit code."""
     parser = _parser(
         "show-parameters",
-        "Prints every parameter of the network that `vit-scratch train` would train with the same flags: "
+        "Prints every parameter that `vit-scratch train` would train with the same flags: "
         "name, shape, highest learning rate and weight decay.",
         "the network and its optimizer",
     )
@@ -124,9 +125,12 @@ def show_parameters(arguments: list[str]) -> int:
         _, rest = parser.parse_known_args(arguments)
         recipe, chosen = _checked(rest)
         set_seed(derived_seed(recipe.seed, "initialisation") % 2**32)
-        model, _, _ = build_network(recipe, chosen, source_of(recipe))
-        groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, split_hidden=recipe.optim == "muon")
+        model, _, report = build_network(recipe, chosen, source_of(recipe))
+        finetuning, head_scale = prepare_finetuning(model, recipe), head_rate_scale(recipe, report)
+        groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.optim == "muon", head_scale)
         print(parameter_table(groups, recipe.learning_rate))
+        if report is not None:
+            print(finetuning)
 
     return exit_code(act)
 

@@ -18,6 +18,7 @@ from .checkpointing import (
     save_checkpoint,
     step_folder,
 )
+from .machine import agree
 from .optimization import ParameterGroup
 
 
@@ -73,22 +74,24 @@ class TrainingState:
         return self.model if self.averaged is None else self.averaged.model
 
     def save(self) -> Path:
-        """The path of a checkpoint of this moment, which every process helps to write."""
+        """The path of a checkpoint of this moment, which the main process writes. Raises UserError in all of them
+        where it cannot."""
         sums = self.accelerator.gather(self.window.sums[None]).tolist()  # through JSON and back without loss
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state = {
-                "window": {"sums": sums, "images": self.window.images, "skipped_steps": self.window.skipped_steps},
-                "position": vars(self.position),
-                "num_processes": self.accelerator.num_processes,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-            }
-            moments = optimizer_tensors(self.optimizer.optimizer, self.parameter_names)
-            averages = None if self.averaged is None else self.averaged.model.state_dict()
-            save_checkpoint(self.folder, self.position.step, self.model.state_dict(), moments, state, averages)
-            prune(self.folder, self.save_total_limit, self.position.best_step)
-        self.accelerator.wait_for_everyone()
+        agree(self.accelerator, lambda: self._write(sums))
         return self.folder / step_folder(self.position.step)
+
+    def _write(self, sums: list[list[float]]):
+        scaler = self.accelerator.scaler
+        state = {
+            "window": {"sums": sums, "images": self.window.images, "skipped_steps": self.window.skipped_steps},
+            "position": vars(self.position),
+            "num_processes": self.accelerator.num_processes,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        moments = optimizer_tensors(self.optimizer.optimizer, self.parameter_names)
+        averages = None if self.averaged is None else self.averaged.model.state_dict()
+        save_checkpoint(self.folder, self.position.step, self.model.state_dict(), moments, state, averages)
+        prune(self.folder, self.save_total_limit, self.position.best_step)
 
     def restore(self, path: Path):
         """Puts back what a verified checkpoint holds, on any number of processes."""

@@ -1,0 +1,63 @@
+"""What saves a run between its own checkpoints: a signal, which also ends it, and the minutes since the last one."""
+
+import signal
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+AGREEMENT_SECONDS = 1.0  # between two looks at what all processes have received
+MOST_STEPS = 100  # and never more steps than this
+
+# a cluster's `--signal=USR1` (Slurm) comes before the time is up, SIGTERM when a machine is taken away
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
+class Interruptions:
+    """Listens for signals while it is entered; a second Ctrl-C is not caught.
+
+    Processes get a signal at different steps and must leave at the same one: they agree about once a second, so that a
+    GPU need not wait at every step and slow steps still end within the grace that launchers give (torchrun: 30 s).
+    """
+
+    def __init__(self, accelerator: Accelerator, save_minutes: float | None, step: int):
+        self.accelerator, self.save_seconds = accelerator, None if save_minutes is None else 60 * save_minutes
+        self.received: list[int] = []
+        self.next_agreement, self.last_step = step + 1, step
+        self.looked_at = self.saved_at = time.monotonic()
+
+    def __enter__(self) -> "Interruptions":
+        try:
+            self._old = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        except ValueError:  # not the main thread
+            self._old = {}
+        return self
+
+    def __exit__(self, *_: Any):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _frame: Any):
+        self.received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def saved(self):
+        """Starts the minutes anew: a checkpoint was written."""
+        self.saved_at = time.monotonic()
+
+    def after(self, step: int) -> tuple[bool, bool]:
+        """(whether to stop, whether the minutes are up) after this step; the same in all processes."""
+        now = time.monotonic()
+        is_due = self.save_seconds is not None and now - self.saved_at >= self.save_seconds
+        if self.accelerator.num_processes == 1:
+            return bool(self.received), is_due
+        if step < self.next_agreement:
+            return False, False
+        rate = max(step - self.last_step, 1) / max(now - self.looked_at, 1e-9)  # steps a second
+        wait = min(max(int(rate * AGREEMENT_SECONDS), 1), MOST_STEPS)
+        is_main = self.accelerator.is_main_process
+        wishes = torch.tensor([len(self.received), is_main and is_due, is_main * wait], device=self.accelerator.device)
+        num_signals, is_due, wait = self.accelerator.reduce(wishes, reduction="sum").tolist()
+        self.next_agreement, self.last_step, self.looked_at = step + wait, step, time.monotonic()
+        return bool(num_signals), bool(is_due)

@@ -1,0 +1,131 @@
+"""Where a run goes on: from the newest checkpoint, from a named one, past its first end, after a signal."""
+
+import os
+import signal
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_run_train import equal, metrics, run, weights
+
+from modeling_vit_scratch.errors import UserError
+from modeling_vit_scratch.training import interruptions, loop
+from modeling_vit_scratch.training.checkpointing import checkpoints
+from modeling_vit_scratch.training.interruptions import Interruptions
+
+LENGTH = ["--max_steps", 10, "--train_batch_size", 50, "--logging_steps", 3]
+
+
+def steps_kept(output_dir):
+    return sorted(int(path.name[5:]) for path in checkpoints(output_dir / "checkpoints"))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_and_the_same_command_ends_as_if_there_had_been_none(name, tmp_path, monkeypatch):
+    expected = run(tmp_path / "whole", *LENGTH)
+    real = loop.learning_rate_at
+
+    def signalled_at_step_4(step, *rest):
+        if step == 4:
+            os.kill(os.getpid(), getattr(signal, name))
+        return real(step, *rest)
+
+    monkeypatch.setattr(loop, "learning_rate_at", signalled_at_step_4)
+    handler = signal.getsignal(getattr(signal, name))
+    with pytest.raises(loop.Interrupted, match="saved .*step-000005"):
+        run(tmp_path / "run", *LENGTH)
+    assert signal.getsignal(getattr(signal, name)) is handler
+    monkeypatch.setattr(loop, "learning_rate_at", real)
+    assert run(tmp_path / "run", *LENGTH)["test_loss"] == expected["test_loss"]
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_checkpoints_are_written_by_minutes_too(tmp_path, monkeypatch):
+    clock = iter(range(0, 100_000, 30))  # half a minute a look
+    monkeypatch.setattr(interruptions, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    run(tmp_path / "run", *LENGTH, "--save_minutes", 1, "--save_steps", 1000, "--save_total_limit", 20)
+    assert steps_kept(tmp_path / "run") == [2, 4, 6, 8, 10]
+
+
+class Pair:
+    """Two processes' accelerators, as threads that meet where they reduce."""
+
+    def __init__(self):
+        self.barrier, self.given = threading.Barrier(2), {}
+
+    def member(self, rank):
+        def reduce(tensor, reduction):
+            assert reduction == "sum"
+            self.given[rank] = tensor
+            self.barrier.wait(10)
+            total = self.given[0] + self.given[1]
+            self.barrier.wait(10)
+            return total
+
+        return SimpleNamespace(
+            num_processes=2, is_main_process=rank == 0, device=torch.device("cpu"), reduce=reduce
+        )  # fmt: skip
+
+
+def test_two_processes_stop_after_the_same_step_whoever_got_the_signal():
+    pair, stopped_at = Pair(), {}
+
+    def process(rank):
+        listener = Interruptions(pair.member(rank), None, step=0)
+        for step in range(1, 500):
+            if rank == 1 and step == 150:
+                listener.received.append(signal.SIGTERM)
+            if listener.after(step)[0]:
+                stopped_at[rank] = step
+                return
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert stopped_at[0] == stopped_at[1] >= 150
+
+
+def test_a_named_checkpoint_is_gone_on_from_and_later_ones_are_dropped(tmp_path, capsys):
+    often = ["--save_steps", 2, "--save_total_limit", 9]
+    expected = run(tmp_path / "run", *LENGTH, *often)
+    before, rows = weights(tmp_path / "run"), metrics(tmp_path / "run")
+    named = tmp_path / "run" / "checkpoints" / "step-000004"
+    results = run(tmp_path / "run", *LENGTH, *often, "--resume_from_checkpoint", named)
+    assert f"going on from {named}" in capsys.readouterr().out
+    assert equal(before, weights(tmp_path / "run")) and metrics(tmp_path / "run") == rows
+    assert results["test_loss"] == expected["test_loss"]
+    elsewhere = run(tmp_path / "other", *LENGTH, *often, "--resume_from_checkpoint", named)
+    assert equal(before, weights(tmp_path / "other")) and elsewhere["test_loss"] == expected["test_loss"]
+    assert steps_kept(tmp_path / "other") == [6, 8, 10]
+
+
+def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused(tmp_path):
+    run(tmp_path / "run", *LENGTH)
+    named = tmp_path / "run" / "checkpoints" / "step-000010"
+    with pytest.raises(UserError, match="takes true or a checkpoint's folder; there is none at nowhere"):
+        run(tmp_path / "new", *LENGTH, "--resume_from_checkpoint", "nowhere")
+    with pytest.raises(UserError, match="resume_from_checkpoint true: there is no whole checkpoint"):
+        run(tmp_path / "new", *LENGTH, "--resume_from_checkpoint", "true")
+    (named / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be taken: optimizer.safetensors has 0 bytes instead of"):
+        run(tmp_path / "new", *LENGTH, "--resume_from_checkpoint", named)
+
+
+def test_a_constant_rate_may_be_trained_longer_and_ends_as_if_it_had_been_asked_at_once(tmp_path):
+    constant = ["--lr_scheduler_type", "constant", "--warmup_steps", 2, "--train_batch_size", 50]
+    whole = run(tmp_path / "whole", *constant, "--max_steps", 10)
+    run(tmp_path / "run", *constant, "--max_steps", 6)
+    longer = run(tmp_path / "run", *constant, "--max_steps", 10)
+    assert longer["steps"] == 10 and longer["test_loss"] == whole["test_loss"]
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    with pytest.raises(UserError, match="is at step 10 already: 8 steps are fewer"):
+        run(tmp_path / "run", *constant, "--max_steps", 8)
+
+
+def test_a_rate_that_falls_to_its_end_may_not(tmp_path):
+    run(tmp_path / "run", "--max_steps", 3)
+    with pytest.raises(UserError, match=r"another recipe \(max_steps: 3 -> 5\)"):
+        run(tmp_path / "run", "--max_steps", 5)

@@ -1,0 +1,283 @@
+"""`vit-scratch evaluate`: the scores of a run again, and those of any model on any images that have its classes."""
+
+import csv
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_images
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import accuracy_score, f1_score
+from small_vit import build
+from test_run_train import ROOT, run
+
+from modeling_vit_scratch import ViTScratchImageProcessor, cli
+from modeling_vit_scratch.data.examples import ArrayExamples
+from modeling_vit_scratch.data.sources import Source, Split, open_source
+from modeling_vit_scratch.errors import UserError
+from modeling_vit_scratch.results.model_folder import save_model_folder
+from modeling_vit_scratch.results.prediction import open_model, predict
+from modeling_vit_scratch.results.score_text import score_text, with_recall_intervals
+from modeling_vit_scratch.training.scoring import match_classes
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A run on the digits, and its test split as a folder of PNGs."""
+    root = tmp_path_factory.mktemp("digits")
+    results = run(root / "run", "--max_steps", 40, "--learning_rate", 1e-2)
+    split = open_source("digits").splits["test"]
+    for row, example in enumerate(split.examples.read(0, split.rows(0))):
+        file = root / "photos" / str(example.label) / f"{row:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(example.image).save(file)
+    return root / "run", root / "photos", results
+
+
+@pytest.fixture
+def save_model(tmp_path):
+    """A maker of a folder with a small model of these classes."""
+
+    def make(classes, **fields):
+        names = dict(enumerate(classes))
+        model = build(num_labels=len(classes), id2label=names, label2id={v: k for k, v in names.items()}, **fields)
+        processor = ViTScratchImageProcessor(size={"height": 32, "width": 32})
+        save_model_folder(tmp_path / "model", model, model.state_dict(), processor)
+        return tmp_path / "model"
+
+    return make
+
+
+def evaluated(capsys, *arguments):
+    """(exit code, stdout, stderr) of `vit-scratch evaluate`."""
+    capsys.readouterr()
+    code = cli.main(["evaluate", *map(str, arguments), "--cpu_threads", "1"])
+    return code, *capsys.readouterr()
+
+
+def scores_of(capsys, tmp_path, *arguments):
+    code, _, err = evaluated(capsys, *arguments, "--output", tmp_path / "scores.json")
+    assert code == 0, err
+    return json.loads((tmp_path / "scores.json").read_text())
+
+
+def test_a_run_scores_what_it_scored(digits, capsys, tmp_path):
+    folder, photos, results = digits
+    found = scores_of(capsys, tmp_path, folder, "--dataset_name", "digits")
+    for name in ("accuracy", "accuracy_top5", "f1_macro", "loss"):
+        assert found[name] == results[f"test_{name}"]
+    assert found["confusion"] == results["confusion"]["test"] and found["num_images"] == 360
+    code, out, _ = evaluated(capsys, folder, "--test_dir", photos)
+    assert code == 0 and f"{100 * results['test_accuracy']:.2f}%  95% interval" in out
+    assert "360 images of 10 classes" in out and "Confusion (row: true class, column: answer):" in out
+
+
+def test_calibration_and_intervals_are_those_of_the_predictions(digits, capsys, tmp_path):
+    folder, photos, _ = digits
+    found = scores_of(capsys, tmp_path, folder, "--test_dir", photos, "--eval_batch_size", 100)
+    model, processor, _ = open_model(str(folder))
+    answers = list(predict(model, processor, sorted(map(str, photos.rglob("*.png")))))
+    sure = np.array([answer.probabilities[0] for answer in answers])
+    right = np.array([answer.is_right for answer in answers])
+    error = 0
+    for low in range(15):
+        inside = (sure > low / 15) & (sure <= (low + 1) / 15)
+        if inside.any():
+            error += inside.mean() * abs(right[inside].mean() - sure[inside].mean())
+    assert found["calibration"]["expected_calibration_error"] == pytest.approx(error, abs=1e-6)
+    assert found["calibration"]["mean_confidence"] == pytest.approx(sure.mean(), abs=1e-6)
+    assert found["accuracy"] == right.mean()
+    low, high = found["accuracy_interval"]
+    assert low < found["accuracy"] < high
+    row = found["per_class"][3]
+    assert row["recall_interval"][0] <= row["recall"] <= row["recall_interval"][1] <= 1
+
+
+@pytest.mark.slow  # three processes start
+def test_several_processes_score_what_one_does(digits, capsys, tmp_path):
+    folder, photos, _ = digits
+    one = scores_of(capsys, tmp_path, folder, "--test_dir", photos, "--eval_batch_size", 38)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_config.yaml"]
+    launcher += ["--num_processes", 2, "--main_process_port", port, "-m", "modeling_vit_scratch.cli"]
+    arguments = [folder, "--test_dir", photos, "--eval_batch_size", 38, "--cpu_threads", 1]
+    command = [*launcher, "evaluate", *arguments, "--output", tmp_path / "two.json"]
+    variables = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, command)), env=variables, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Accuracy  ") == 1
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["num_processes"] == 2
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-6)  # batches of another size round otherwise
+    assert two["calibration"]["mean_confidence"] == pytest.approx(one["calibration"]["mean_confidence"], abs=1e-6)
+    for name in ("accuracy", "f1_macro", "accuracy_top5", "confusion", "per_class", "num_images"):
+        assert two[name] == one[name]
+
+
+# ---------------------------------------------------------------- classes
+
+
+def source_of(names, labels=(0, 1), label_ids=None):
+    pixels = np.zeros((len(labels), 4, 4), dtype=np.uint8)
+    return Source("set", {"test": Split(ArrayExamples(pixels, np.array(labels), "set"))}, names, label_ids, False)
+
+
+def test_classes_are_matched_by_their_names():
+    matched = match_classes(source_of(["newt", "cat"], labels=[0, 1, 1]), ["cat", "dog", "newt"])
+    assert matched.label_ids_of("test").tolist() == [2, 0, 0]
+    assert matched.notes == ["set lacks 1 of the model's 3 classes: 'dog'."]
+    by_text = match_classes(source_of(["cat", "newt"], label_ids={"cat": 0, "newt": 1}), ["newt", "cat"])
+    assert [by_text.label_id(name, "row") for name in ("cat", "newt")] == [1, 0] and by_text.notes == []
+
+
+def test_classes_without_names_are_matched_by_position_when_a_person_says_so():
+    names = ["LABEL_0", "LABEL_1"]
+    with pytest.raises(UserError, match="no name is in both. .*same order, say so with --match_classes position"):
+        match_classes(source_of(["cat", "dog"]), names)
+    assert match_classes(source_of(["cat", "dog"]), names, "position").label_ids_of("test").tolist() == [0, 1]
+    with pytest.raises(UserError, match="as many classes here as there: set has 2, the model 3"):
+        match_classes(source_of(["cat", "dog"]), [*names, "LABEL_2"], "position")
+    with pytest.raises(UserError, match="no effect here: the names agree"):
+        match_classes(source_of(names), names, "position")
+
+
+def test_a_class_that_the_model_does_not_know_is_named():
+    with pytest.raises(UserError, match=r"does not know. No class 'dogs'. Did you mean 'dog'\? Known: cat, dog, newt"):
+        match_classes(source_of(["cat", "dogs"]), ["cat", "dog", "newt"])
+    many = [f"class number {index}" for index in range(1000)]
+    with pytest.raises(UserError, match=r"\(2 such classes\). No class 'class number 7b'.*and others") as error:
+        match_classes(source_of(["class number 7b", "wolf"]), many)
+    assert len(str(error.value)) < 300
+
+
+def test_names_that_occur_twice_are_told_apart_by_their_places_or_not_at_all():
+    names = ["crane", "cat", "crane"]
+    assert match_classes(source_of(names, labels=[0, 2]), names).label_ids_of("test").tolist() == [0, 2]
+    with pytest.raises(UserError, match="The model has 2 classes 'crane': by name they cannot be told apart"):
+        match_classes(source_of(["cat", "crane"]), names)
+
+
+def test_a_part_of_the_classes_can_be_scored(digits, capsys, tmp_path):
+    folder, photos, _ = digits
+    for name in ("1", "7"):
+        shutil.copytree(photos / name, tmp_path / "part" / name)
+    code, out, _ = evaluated(capsys, folder, "--test_dir", tmp_path / "part")
+    assert code == 0 and "note: part lacks 8 of the model's 10 classes: '0', '2', '3', '4', '5' and 3 more." in out
+    assert "images of 2 classes" in out and "over 2 classes with images" in out
+
+
+# ---------------------------------------------------------------- several classes an image
+
+
+def test_several_classes_an_image_are_scored_as_scikit_learn_does(save_model, tmp_path, capsys):
+    names, truth = ["red", "green", "blue"], []
+    root = tmp_path / "photos"
+    root.mkdir()
+    with open(root / "metadata.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file_name", "labels"])
+        for index, image in enumerate(make_images(16)):
+            image.save(root / f"{index:02d}.png")
+            truth.append([index & 1, index >> 1 & 1, index >> 2 & 1])
+            table.writerow([f"{index:02d}.png", "|".join(n for n, on in zip(names, truth[-1], strict=True) if on)])
+    folder = save_model(names, problem_type="multi_label_classification")
+    found = scores_of(capsys, tmp_path, folder, "--test_dir", root)
+    model, processor, _ = open_model(str(folder))
+    paths = sorted(map(str, root.glob("*.png")))
+    answers = np.array([[name in one.answer for name in names] for one in predict(model, processor, paths)])
+    assert found["accuracy"] == accuracy_score(truth, answers)
+    assert found["f1_macro"] == pytest.approx(f1_score(truth, answers, average="macro", zero_division=0))
+    assert "confusion" not in found and "calibration" not in found
+    code, out, _ = evaluated(capsys, folder, "--test_dir", root)
+    assert code == 0 and "Mean average precision" in out and "Confusion" not in out
+    code, _, err = evaluated(capsys, folder, "--test_dir", root, "--picture", tmp_path / "a.png")
+    assert code == 2 and "any number an image" in err
+    code, _, err = evaluated(capsys, folder, "--dataset_name", "digits")
+    assert code == 2 and "gives an image any number of classes, digits has one class for each" in err
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "Say what to score: either --test_dir FOLDER or --dataset_name NAME."),
+        (["--dataset_name", "digits", "--test_dir", "x"], "Say what to score"),
+        (["--dataset_name", "digits", "--split", "validation"], "No split of digits 'validation'. Known: test, train."),
+        (["--dataset_name", "digits", "--split", "tests"], "No split 'tests'. Did you mean 'test'?"),
+        (["--dataset_name", "digits", "--streaming"], "--streaming has no effect here"),
+        (["--dataset_name", "digits", "--bad_images", "skip"], "--bad_images has no effect here"),
+        (["--dataset_name", "digits", "--bad_images", "sikp"], "No bad_images 'sikp'. Did you mean 'skip'?"),
+        (["--dataset_name", "digits", "--match_classes", "position"], "--match_classes position has no effect here"),
+        (["--dataset_name", "digits", "--match_classes", "names"], "No match_classes 'names'. Did you mean 'name'?"),
+        (["--dataset_name", "digits", "--eval_batch_size", "0"], "--eval_batch_size must be at least 1, got 0."),
+        (["--dataset_name", "digits", "--picture", "a.pdf"], "--picture a.pdf: the picture is a PNG"),
+        (["--test_dir", "photos", "--split", "test"], "--split has no effect here"),
+        (["--test_dir", "nothing"], "--test_dir nothing: there is no such folder."),
+        (["--test_dir", "photos", "--label_column_name", "x"], "--label_column_name has no effect here"),
+    ],
+)
+def test_what_a_person_gets_wrong_is_said_in_one_line(digits, monkeypatch, capsys, arguments, text):
+    monkeypatch.chdir(digits[0].parent)
+    code, _, err = evaluated(capsys, "run", *arguments)
+    assert code == 2 and err.startswith(f"error: {text}") and err.count("\n") == 1
+
+
+def test_a_folder_of_splits_is_said_to_be_one_by_the_flag_of_this_command(digits, tmp_path, capsys):
+    (tmp_path / "all" / "train").mkdir(parents=True)
+    (tmp_path / "all" / "test").mkdir()
+    _, _, err = evaluated(capsys, digits[0], "--test_dir", tmp_path / "all")
+    assert "holds splits, not classes" in err and "--train_dir" not in err
+
+
+def test_images_that_cannot_be_read_stop_it_or_are_left_out_and_named(digits, tmp_path, capsys):
+    folder, photos, _ = digits
+    for name in ("1", "7"):
+        shutil.copytree(photos / name, tmp_path / "set" / name)
+    (tmp_path / "set" / "7" / "broken.png").write_text("no image")
+    code, _, err = evaluated(capsys, folder, "--test_dir", tmp_path / "set")
+    assert code == 2 and "broken.png cannot be read as an image" in err and "--bad_images skip" in err
+    found = scores_of(capsys, tmp_path, folder, "--test_dir", tmp_path / "set", "--bad_images", "skip")
+    assert found["bad_images"] == [str(tmp_path / "set" / "7" / "broken.png")] and found["num_images"] == 72
+    _, out, _ = evaluated(capsys, folder, "--test_dir", tmp_path / "set", "--bad_images", "skip")
+    assert "1 image(s) cannot be read and are left out:" in out and "broken.png: it does not begin" in out
+
+
+def test_damaged_weights_are_no_score(digits, save_model, capsys):
+    folder = save_model([str(digit) for digit in range(10)], num_channels=3)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["classifier.weight"].fill_(torch.nan)
+    save_file(tensors, folder / "model.safetensors")
+    code, _, err = evaluated(capsys, folder, "--dataset_name", "digits")
+    assert code == 2 and "The loss is nan: the model's weights are damaged" in err
+
+
+# ---------------------------------------------------------------- the text
+
+
+def test_many_classes_are_shown_by_their_mistakes(digits, capsys, tmp_path):
+    results = scores_of(capsys, tmp_path, digits[0], "--dataset_name", "digits", "-o", tmp_path / "confusion.png")
+    assert Image.open(tmp_path / "confusion.png").width > 300
+    num_classes = 60
+    counts = np.eye(num_classes, dtype=int) * 5
+    counts[3, 4], counts[8, 2] = 31, 7
+    rows = [
+        {"class": f"kind {k}", "precision": 1.0, "recall": 5 / counts[k].sum(), "f1": 1.0, "support": counts[k].sum()}
+        for k in range(num_classes)
+    ]
+    many = {"class_names": [row["class"] for row in rows], "confusion": counts.tolist()}
+    text = score_text({**results, **many, "per_class": with_recall_intervals(rows)})
+    assert "The 20 of 60 classes with the lowest recall:" in text
+    assert text.endswith("images):\n  kind 3 -> kind 4  31\n  kind 8 -> kind 2  7")
+    listed = [line.split("  ")[0] for line in text.splitlines() if line.startswith("kind")]
+    assert listed[:2] == ["kind 3", "kind 8"] and len(listed) == 20
