@@ -1,5 +1,6 @@
 """What pretrained weights are worth: ways of fine-tuning a checkpoint on a folder beside training the same network from
-nothing, each within the same time; a table of accuracy, seconds and trained parameters over seeds.
+nothing, each within the same time, or the same steps (one from nothing takes as long as one of `full`, the others less);
+a table of accuracy, seconds and trained parameters over seeds.
 
 accelerate launch run_train.py --recipe cifar10 --time_budget 15m --output_dir outputs/cifar10
 python benchmarks/finetuning.py outputs/cifar10/model flowers/train flowers/val --image_size 48 \
@@ -54,12 +55,15 @@ def from_nothing(model: str, image_size: int) -> list[str]:
 
 def way(name: str, arguments: argparse.Namespace) -> list[str]:
     """The flags of one row of the table."""
+    length = ["--time_budget", arguments.time_budget]
+    if arguments.max_steps is not None:
+        length = ["--max_steps", str(arguments.max_steps)]
     if name == "scratch":
-        return [*from_nothing(arguments.model, arguments.image_size), "--time_budget", arguments.time_budget]
+        return [*from_nothing(arguments.model, arguments.image_size), *length]
     flags = ["--model_name_or_path", arguments.model, "--image_size", str(arguments.image_size)]
     flags += ["--finetune", name, *WAYS[name]]
     # the head's features are computed once: its epochs take seconds
-    return flags if name == "head" else [*flags, "--time_budget", arguments.time_budget]
+    return flags if name == "head" else [*flags, *length]
 
 
 def run(flags: list[str], seed: int, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -107,6 +111,7 @@ def main():
     parser.add_argument("validation_dir")
     parser.add_argument("--image_size", type=int, default=48)
     parser.add_argument("--time_budget", default="3m", help="of each run, but for the head's")
+    parser.add_argument("--max_steps", type=int, help="of each run, but for the head's, instead of a time")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--ways", default="scratch,full,last:2,attention,lora,head")
     parser.add_argument("--cpu_threads", type=int, default=2)

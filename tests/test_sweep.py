@@ -292,7 +292,7 @@ def test_lists_and_tuples_stand_in_brackets():
 
 
 def test_long_names_are_cut_and_stay_apart():
-    found = parse_sweep(["--grid", f"model_name_or_path={'a' * 200},{'a' * 199}b"])
+    found = parse_sweep(["--recipe", "digits", "--grid", f"model_name_or_path={'a' * 200},{'a' * 199}b"])
     lengths = {len(run.name) for run in found.runs}
     assert lengths == {120} and len({run.name for run in found.runs}) == 2
 
@@ -345,7 +345,7 @@ def test_long_names_are_cut_and_stay_apart():
             'Fields that must change together share an axis: --grid "pooling:use_cls_token=cls:true,mean:false".',
         ),
         (
-            ["--grid", "model_name_or_path=a/b,a-b"],
+            ["--recipe", "digits", "--grid", "model_name_or_path=a/b,a-b"],
             "Two combinations of the grid would share the folder model_name_or_path-a-b",
         ),
     ],

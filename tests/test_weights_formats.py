@@ -284,7 +284,7 @@ def test_every_vit_of_timms_is_known_or_refused(pattern):
         ({"architecture": "resnet50"}, "timm's 'resnet50' is no plain ViT"),
         ({"architecture": "vit_base_patch16_224", "global_pool": "map"}, "global_pool 'map' is not known here"),
         ({"architecture": "vit_x", "model_args": {"act_layer": "mish"}}, "act_layer 'mish' is not known here"),
-        ({"architecture": "vit_x", "model_args": {"embed_dim": 64}}, "says embed_dim without num_heads"),
+        ({"architecture": "vit_x", "model_args": {"embed_dim": 64}}, "embed_dim without num_heads"),
         ({"architecture": "vit_x", "model_args": {"norm_layer": "rmsnorm"}}, "norm_layer 'rmsnorm' is not known here"),
     ],
 )

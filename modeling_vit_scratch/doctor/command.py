@@ -1,8 +1,9 @@
-"""`vit-scratch doctor`: a network from a file, a preset or a checkpoint, examined and reported."""
+"""`vit-scratch doctor`: a network from a file, a preset or a checkpoint, or a set of images, examined and reported."""
 
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,11 +14,17 @@ import torch
 from torch import nn
 
 from ..configuration_vit_scratch import PRESETS, ViTScratchConfig
+from ..data.folders import SPLIT_NAMES
+from ..data.listing import is_hidden, shown
+from ..data.sources import open_source
 from ..errors import UserError, unknown
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..training.flags import Parser, exit_code
+from ..training.machine import num_cores
 from ..training.optimization import parameter_groups
+from ..training.recipes import FIELDS
 from ..weights import load_pretrained
+from . import folder, folder_report
 from .examination import CHECKS, examine
 from .findings import Finding, report
 from .learning import one_line
@@ -28,6 +35,11 @@ FORMATS: dict[str, Callable[[list[Finding]], str]] = {
     "table": report,
     "json": lambda findings: json.dumps([asdict(finding) for finding in findings], indent=1),
 }
+IMAGE_FORMATS = {"table": folder_report.as_table, "json": folder_report.as_json}
+OF_NETWORK = ("image_size", "num_labels", "num_channels", "optimizer")
+FOLDERS = ("data", "validation_dir", "test_dir")
+OF_TABLE = ("dataset_config_name", "image_column_name")
+OF_IMAGES = (*FOLDERS, "dataset_name", *OF_TABLE, "label_column_name", "cpu_threads")
 Made = TypeVar("Made")
 
 
@@ -40,14 +52,17 @@ def main(arguments: list[str]) -> int:
 def build_parser() -> Parser:
     parser = Parser(
         prog="vit-scratch doctor",
-        description="Finds what is wrong with a network that maps images to logits: each check with what was measured "
-        "and what was expected, and for one that fails the likely mistake and how to mend it.",
-        epilog=f"Checks: {', '.join(CHECKS)}. The exit code is 0 when none fails, 1 when one does, 2 for wrong flags.",
+        description="Finds what is wrong with a network that maps images to logits, or with a set of images: each "
+        "check with what was measured and what was expected, and for one that fails the likely mistake and how to "
+        "mend it.",
+        epilog=f"Checks of a network: {', '.join(CHECKS)}. Checks of images: {', '.join(folder.CHECKS)}. The exit code "
+        "is 0 when none fails, 1 when one does, 2 for wrong flags.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "network",
         metavar="NETWORK",
+        nargs="?",
         help="file.py:factory, where factory() gives an nn.Module; a preset; or a folder or Hub name of a checkpoint",
     )
     parser.add_argument("--image_size", metavar="PIXELS", type=int, help="side of the images of file.py:factory")
@@ -63,6 +78,17 @@ def build_parser() -> Parser:
         "--skip", metavar="CHECK,CHECK", default="", help="checks whose failing is meant, as patch_order_matters may be"
     )
     parser.add_argument("--format", default="table", help=f"of the report: {', '.join(FORMATS)} [table]")
+    images = parser.add_argument_group("a set of images, in place of NETWORK")
+    images.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="training images, one folder a class or a metadata file; or train/, val/, test/",
+    )
+    for name in ("validation_dir", "test_dir"):
+        images.add_argument(f"--{name}", metavar="FOLDER", help=FIELDS[name].metadata["help"])
+    for name in ("dataset_name", *OF_TABLE, "label_column_name"):
+        images.add_argument(f"--{name}", metavar="NAME", help=FIELDS[name].metadata["help"])
+    images.add_argument("--cpu_threads", metavar="INT", type=int, help="threads that decode; else one a core")
     return parser
 
 
@@ -71,9 +97,88 @@ def _run(arguments: list[str]) -> int:
     if flags.format not in FORMATS:
         raise unknown("--format", flags.format, FORMATS)
     skip = [name for name in flags.skip.split(",") if name]
-    findings = _findings(flags, skip)
-    print(FORMATS[flags.format](findings))
+    if flags.data is not None or flags.dataset_name is not None:
+        text, findings = _examine_images(flags, skip)
+    else:
+        if flags.network is None:
+            raise UserError("Say what to examine: NETWORK, --data FOLDER or --dataset_name NAME.")
+        _refuse(flags, OF_IMAGES, "goes with --data FOLDER or --dataset_name NAME")
+        findings = _findings(flags, skip)
+        text = FORMATS[flags.format](findings)
+    print(text)
     return int(any(finding.passed is False for finding in findings))
+
+
+def _refuse(flags: argparse.Namespace, names: tuple[str, ...], reason: str):
+    for name in names:
+        if getattr(flags, name) is not None:
+            raise UserError(f"--{name} {reason}: leave it out.")
+
+
+# ---------------------------------------------------------------- images
+
+
+def _examine_images(flags: argparse.Namespace, skip: list[str]) -> tuple[str, list[Finding]]:
+    """The report on a set of images, and its findings."""
+    if flags.network is not None:
+        raise UserError(f"{flags.network} and a set of images are two things to examine: give one of them.")
+    _refuse(flags, OF_NETWORK, "goes with a network")
+    if flags.data is not None:
+        _refuse(flags, ("dataset_name", *OF_TABLE), "goes with a dataset, not with --data")
+    else:
+        _refuse(flags, FOLDERS, "goes with folders of images, not with --dataset_name")
+    if flags.cpu_threads is not None and flags.cpu_threads < 1:
+        raise UserError(f"--cpu_threads must be at least 1, got {flags.cpu_threads}.")
+    data_flags = _data_flags(flags)
+    try:
+        source = open_source(**data_flags, train_val_split=0.0)
+    except UserError as error:
+        if flags.data is None:
+            raise
+        # a layout that cannot be trained on is what the doctor is there to find
+        return _layout_report(str(error), flags.format)
+    images, findings = folder.examine_images(source, skip, flags.cpu_threads or num_cores())
+    given = [word for name, value in data_flags.items() for word in (f"--{name}", value)]
+    return IMAGE_FORMATS[flags.format](images, findings, given), findings
+
+
+def _layout_report(error: str, format_name: str) -> tuple[str, list[Finding]]:
+    cause = error.replace("--train_dir", "--data")
+    remedy = "put it right and run this again: no image was looked at"
+    findings = [Finding("layout", False, "no images in classes", "images in classes", cause, remedy)]
+    if format_name == "json":
+        return json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=1), findings
+    return report(findings), findings
+
+
+def _data_flags(flags: argparse.Namespace) -> dict[str, str]:
+    """The trainer's flags that name these images, in its order. Raises UserError for a folder that is not there."""
+    named = {name: getattr(flags, name) for name in OF_IMAGES if name not in ("data", "cpu_threads")}
+    if flags.data is not None:
+        for name in FOLDERS:
+            path = getattr(flags, name)
+            if path is not None and not os.path.isdir(os.path.expanduser(path)):
+                raise UserError(f"--{name} {shown(path)}: there is no such folder.")
+        splits = _splits_in(os.path.expanduser(flags.data))
+        for split in splits:
+            if named.get(f"{split}_dir") is not None:
+                raise UserError(f"--{split}_dir: {shown(flags.data)} holds a {split} split already; leave it out.")
+        named = {"train_dir": flags.data} | named | {f"{split}_dir": path for split, path in splits.items()}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _splits_in(root: str) -> dict[str, str]:
+    """The folders of the splits where `root` holds nothing but splits, training among them; else none."""
+    try:
+        names = [entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name)]
+    except OSError:
+        return {}  # what reads the images says why
+    meant = {name: split for split, known in SPLIT_NAMES.items() for name in names if name.lower() in known}
+    splits = {split: os.path.join(root, name) for name, split in meant.items()}
+    return splits if len(splits) == len(names) and "train" in splits else {}
+
+
+# ---------------------------------------------------------------- networks
 
 
 def _findings(flags: argparse.Namespace, skip: list[str]) -> list[Finding]:
