@@ -1,5 +1,5 @@
 """What pretrained weights are worth: ways of fine-tuning a checkpoint on a folder beside training the same network from
-nothing, each within the same time, or the same steps (one from nothing takes as long as one of `full`, the others less);
+nothing, each within the same time, or the same steps (one from nothing takes as long as one of `full`, others less);
 a table of accuracy, seconds and trained parameters over seeds.
 
 accelerate launch run_train.py --recipe cifar10 --time_budget 15m --output_dir outputs/cifar10
