@@ -9,13 +9,15 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -87,8 +89,8 @@ RANDOM = {
 
 
 def words_of(flags: dict[str, Any]) -> list[str]:
-    """The command line of these flags."""
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    """The command line of these flags, without those that are None."""
+    return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
 
 
 def data_flags(data: Path, is_stream: bool) -> dict[str, Any]:
@@ -113,19 +115,30 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def train_in_fork(flags: list[str], log: str, environment: dict[str, str] | None = None, dies_at: int | None = None):
+def train_in_fork(
+    flags: list[str],
+    log: str,
+    environment: dict[str, str] | None = None,
+    dies_at: int | None = None,
+    has_pictures: bool = True,
+):
     """What a forked process does: run_train.py, with its output in a file.
 
-    dies_at: the step before which it kills itself with SIGKILL.
+    dies_at: the step before which it kills itself with SIGKILL. has_pictures: plots and report take longer to draw than
+    a tiny run takes to train.
     """
-    from modeling_vit_scratch.training import loop
+    from modeling_vit_scratch.training import loop, publishing
     from modeling_vit_scratch.training.flags import main
 
     os.environ.update(environment or {})
+    # its decoding workers are forked from it, as those of `python run_train.py`, not from a server of their own
+    multiprocessing.set_start_method("fork", force=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout.reconfigure(line_buffering=True)  # what it said stays said when it is killed
+    if not has_pictures:
+        publishing.write_plots = publishing.write_report = lambda *_: None
     if dies_at is not None:
         real = loop.learning_rate_at
 
@@ -149,7 +162,7 @@ def train_ranks(
 ) -> int | None:
     """The exit code of a run of so many forked processes: the first that is not 0; None if it hangs so long.
 
-    The other ranks' output stands beside the log.
+    The other ranks' output stands beside the log. No pictures are drawn.
     """
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
     ranks = []
@@ -158,7 +171,7 @@ def train_ranks(
         place |= {name: str(num_ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
         environment = {} if num_ranks == 1 else {**rendezvous, **place}
         own_log = str(log) if rank == 0 else f"{log}.{rank}"
-        ranks.append(server.Process(target=train_in_fork, args=(flags, own_log, environment, dies_at)))
+        ranks.append(server.Process(target=train_in_fork, args=(flags, own_log, environment, dies_at, False)))
         ranks[-1].start()
     deadline = time.monotonic() + seconds
     for process in ranks:
@@ -244,15 +257,17 @@ class Started:
         return self.poll()
 
 
-def start(run: Path, log: Path, flags: list[str], num_processes: int, server: Any, **variables: str) -> Started:
+def start(
+    run: Path, log: Path, flags: list[str], num_processes: int, server: Any, has_pictures: bool = True, **variables: str
+) -> Started:
     """The run, started: forked where it is one process, by `accelerate launch` where it is several.
 
-    variables: of a forked process's environment.
+    has_pictures, and variables of the environment, are for a forked process.
     """
     since, flags = time.time(), [*flags, "--output_dir", str(run)]
     log.touch()
     if num_processes == 1:
-        forked = server.Process(target=train_in_fork, args=(flags, str(log), variables))
+        forked = server.Process(target=train_in_fork, args=(flags, str(log), variables, None, has_pictures))
         forked.start()
         return Started(run, log, since, psutil.Process(forked.pid), lambda: forked.exitcode)
     launched = launch(flags, log, num_processes)
@@ -287,6 +302,18 @@ def fingerprint(run: Path) -> dict[str, Any]:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def working_folder(prefix: str) -> Iterator[Path]:
+    """A folder that is removed unless something goes wrong."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    try:
+        yield folder
+    except BaseException:
+        print(f"What was written is kept in {folder}.", file=sys.stderr)
+        raise
+    shutil.rmtree(folder)
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

@@ -110,8 +110,14 @@ def _read_parquet(
         return retried(once, url)
     except UserError:
         raise
+    except FileNotFoundError as error:
+        raise UserError(
+            f"Shard {url} is no longer there. Put it back and start the same command again: a run goes on from its "
+            "last checkpoint."
+        ) from error
     except Exception as error:
-        raise UserError(f"Shard {url}: {what} cannot be read as parquet: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"Shard {url}: {what} cannot be read as parquet: {reason}. Fetch it again.") from error
 
 
 def read_footers(urls: list[str]) -> list[pq.FileMetaData]:

@@ -194,6 +194,11 @@ def _explanation(name: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return f"No dataset {name!r} on the Hub, or no access to it: {text}"
+    if script := re.search(r"scripts are no longer supported, but found (\S+)", text):
+        return (
+            f"{name} has a loading script, {script[1]}, and scripts are never run: remove it from a local copy whose "
+            "images lie in parquet or tar files, or use a dataset without one."
+        )
     network = isinstance(error, (ConnectionError, HfHubHTTPError)) or type(error).__module__.startswith("http")
     if network or isinstance(error, TimeoutError):
         return (
