@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,6 +29,16 @@ PROCESSOR_CODE = {
 }
 
 
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which then takes the place of `folder`: that appears whole or not at all."""
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+
+
 def save_model_folder(
     folder: Path,
     model: ViTScratchForImageClassification,
@@ -34,17 +46,14 @@ def save_model_folder(
     processor: Processor,
 ):
     """Writes configuration, weights, image processor and code to `folder`, which appears whole or not at all."""
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
     logging.disable_progress_bar()  # one file, written in a moment
-    model.save_pretrained(partial, state_dict=tensors, save_original_format=False)
-    processor.save_pretrained(partial)
-    _add_code_map(partial / "config.json", MODEL_CODE)
-    _add_code_map(partial / "preprocessor_config.json", PROCESSOR_CODE)
-    for module in CODE:
-        shutil.copyfile(module.__file__, partial / Path(module.__file__).name)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)
+    with written_whole(folder) as partial:
+        model.save_pretrained(partial, state_dict=tensors, save_original_format=False)
+        processor.save_pretrained(partial)
+        _add_code_map(partial / "config.json", MODEL_CODE)
+        _add_code_map(partial / "preprocessor_config.json", PROCESSOR_CODE)
+        for module in CODE:
+            shutil.copyfile(module.__file__, partial / Path(module.__file__).name)
 
 
 def _add_code_map(file: Path, code: dict):

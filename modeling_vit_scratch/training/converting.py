@@ -1,11 +1,9 @@
 """`vit-scratch convert`: a checkpoint of one library as a folder that another loads itself."""
 
-import os
-import shutil
 from pathlib import Path
 
 from ..errors import UserError
-from ..results.model_folder import save_model_folder
+from ..results.model_folder import save_model_folder, written_whole
 from ..weights import LoadingReport
 from ..weights.loading import load_network, load_processor
 from ..weights.writing import TARGETS, write_checkpoint
@@ -35,15 +33,11 @@ def convert(
         raise UserError(f"{folder} holds the checkpoint that is to be read: name another folder.")
     model, report = load_network(source, num_attention_heads)
     processor = load_processor(source, num_attention_heads=num_attention_heads)
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
     if to == OWN:
-        save_model_folder(partial, model, model.state_dict(), processor)
-        notes: list[str] = []
-    else:
+        save_model_folder(folder, model, model.state_dict(), processor)
+        return report, []
+    with written_whole(folder) as partial:
         notes = write_checkpoint(to, partial, model, processor)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)
     return report, notes
 
 

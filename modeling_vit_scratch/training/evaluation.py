@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from ..data.augmentation import normalise
 from ..data.loading import EvaluationData
+from .machine import in_sample_order
 from .objectives import Objective
 
 
@@ -54,12 +55,8 @@ def evaluate(
         parts.append([samples, objective.kept(logits), batch.labels, objective.losses(logits, batch.labels)])
     for module, was_training in modes.items():
         module.training = was_training
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    if accelerator.num_processes > 1:  # ranks may hold one sample more or less: rows of padding have sample -1
-        columns = [accelerator.gather(accelerator.pad_across_processes(c, pad_index=-1)) for c in columns]
-    order = columns[0].argsort()
-    order = order[columns[0][order] >= 0]
-    sample_ids, kept, true, loss = (column[order].cpu().numpy() for column in columns)
+    columns = in_sample_order(accelerator, [torch.cat(column) for column in zip(*parts, strict=True)])
+    sample_ids, kept, true, loss = (column.cpu().numpy() for column in columns)
     assert len(np.unique(sample_ids)) == len(sample_ids) == len(data.split), "a sample was lost or counted twice"
     scores = {"loss": float(loss.astype(np.float64).mean()), **objective.scores(kept, true)}
     return Evaluation(scores, kept, true, objective)

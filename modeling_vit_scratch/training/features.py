@@ -19,6 +19,7 @@ from ..data.augmentation.draws import send
 from ..data.loading import RESIDENT_BYTES, Batch, EvaluationData, ResidentImages, TrainingData, chunk_of
 from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchForImageClassification
+from .machine import in_sample_order
 from .recipes import Recipe
 
 # B batch, N images, V views (as it is; mirrored too, where images are mirrored at random), D hidden size, K labels,
@@ -141,15 +142,11 @@ def compute_features(
         with accelerator.autocast():
             pooled = [model.vit(normalise(view, *pixels, model.dtype)).pooler_output for view in views]
         parts.append([batch.positions.to(device), torch.stack(pooled, dim=1).to(model.dtype), batch.labels])
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    if accelerator.num_processes > 1:  # ranks may hold one image more or less: rows of padding have sample -1
-        columns = [accelerator.gather(accelerator.pad_across_processes(c, pad_index=-1)) for c in columns]
+    columns = in_sample_order(accelerator, [torch.cat(column) for column in zip(*parts, strict=True)])
     samples, features, labels = columns
-    order = samples.argsort()
-    order = order[samples[order] >= 0]
     every_sample = torch.arange(len(data.reader.split), device=device)
-    assert torch.equal(samples[order], every_sample), "an image was lost or computed twice"
-    return features[order], labels[order]
+    assert torch.equal(samples, every_sample), "an image was lost or computed twice"
+    return features, labels
 
 
 def _in_split_order(data: TrainingData | EvaluationData, device: torch.device) -> Iterator[Batch]:

@@ -5,8 +5,6 @@ more parameters, so that training, averaging and checkpoints need not know of th
 """
 
 import copy
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import nn
 
 from ..errors import UserError, unknown
 from ..modeling_vit_scratch import ViTScratchForImageClassification
+from ..results.model_folder import written_whole
 from ..weights import LoadingReport
 from .recipes import Recipe
 
@@ -176,14 +175,10 @@ def save_adapter(model: ViTScratchForImageClassification, folder: Path, base_mod
     tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     config = copy.copy(model.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base_model_name_or_path, True
-    folder = Path(folder)
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    config.save_pretrained(partial)
     on_cpu = {f"{PEFT_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(on_cpu, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)
+    with written_whole(Path(folder)) as partial:
+        config.save_pretrained(partial)
+        save_file(on_cpu, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def load_adapter(model: ViTScratchForImageClassification, folder: Path) -> ViTScratchForImageClassification:

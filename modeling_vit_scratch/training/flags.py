@@ -15,10 +15,10 @@ import yaml
 from safetensors import SafetensorError
 
 from ..errors import UserError, unknown
-from .recipes import FIELDS, FINETUNING, GROUPS, RECIPES, Recipe
+from .recipes import COUNTED_LENGTHS, FIELDS, FINETUNING, GROUPS, RECIPES, Recipe
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-LENGTHS = ("max_steps", "num_train_epochs", "time_budget")
+LENGTHS = (*COUNTED_LENGTHS, "time_budget")
 REFUSED = {
     "per_device_train_batch_size": "use --train_batch_size: batches are global, each process takes its share",
     "per_device_eval_batch_size": "use --eval_batch_size: batches are global, each process takes its share",

@@ -36,6 +36,7 @@ from .machine import (
     first_on_each_node,
     gather_batch,
     num_cores,
+    num_decoding_workers,
     refuse_precision,
     start_accelerator,
 )
@@ -356,8 +357,7 @@ def _num_workers(recipe: Recipe, source: Source, decoder: Decoder, device: torch
         return 0
     # as many as cores though they train too: flowers at 224 px, a network of 4 layers of 192, 2 shared CPU cores:
     # 0, 1 and 2 workers gave 5, 7 and 9 images/s
-    num_threads = torch.get_num_threads() - (device.type != "cpu")  # a core of its own for who feeds the GPU
-    return min(16, max(1, num_threads))
+    return num_decoding_workers(device)
 
 
 def _announce(accelerator, source: Source, num_parameters, starts_from, total_steps, batch_size, data, workers):

@@ -116,6 +116,20 @@ def gather_batch(
     return images, labels, positions.cpu()
 
 
+def in_sample_order(accelerator: Accelerator, columns: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The rows of all ranks together, sorted by the first column, which says the sample of each, in every process."""
+    if accelerator.num_processes > 1:  # ranks may hold one sample more or less: rows of padding have sample -1
+        columns = [accelerator.gather(accelerator.pad_across_processes(c, pad_index=-1)) for c in columns]
+    order = columns[0].argsort()
+    order = order[columns[0][order] >= 0]
+    return [column[order] for column in columns]
+
+
+def num_decoding_workers(device: torch.device) -> int:
+    """Processes that decode photographs: one a thread, one less for who feeds a GPU."""
+    return min(16, max(1, torch.get_num_threads() - (device.type != "cpu")))
+
+
 def command(accelerator: Accelerator, recipe: Recipe, chosen: frozenset[str]) -> str:
     """The command that repeats this run, as a person would type it; where it was written to is nobody's business."""
     launch = ["accelerate", "launch"]

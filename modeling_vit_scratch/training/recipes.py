@@ -233,14 +233,14 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "save_total_limit", "report_to", "dataloader_num_workers", "cpu_threads", "eval_batch_size",
     }
 )  # fmt: skip
-LENGTHS = ("max_steps", "num_train_epochs")
+COUNTED_LENGTHS = ("max_steps", "num_train_epochs")
 
 
 def may_change_on_resume(recipe: Recipe) -> frozenset[str]:
     """The fields in which a resumed run may differ: its length too, where no step depends on how many there are."""
     shares = (recipe.warmup_steps, recipe.mixup_off_step)  # under 1 they are shares of all steps
     is_open_ended = recipe.lr_scheduler_type == "constant" and not any(0 < (share or 0) < 1 for share in shares)
-    return MAY_CHANGE_ON_RESUME | frozenset(LENGTHS if is_open_ended and recipe.time_budget is None else ())
+    return MAY_CHANGE_ON_RESUME | frozenset(COUNTED_LENGTHS if is_open_ended and recipe.time_budget is None else ())
 
 
 def check_range(name: str, value: Any, limits: Any):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from .checkpointing import checkpoints, damage, newest_whole, remove, step_of
-from .recipes import LENGTHS, Recipe, may_change_on_resume
+from .recipes import COUNTED_LENGTHS, Recipe, may_change_on_resume
 
 OURS = (
     "recipe.json", "bad_images.json", "metrics.jsonl", "results.json", "report.html", "plots", "tensorboard",
@@ -52,7 +52,7 @@ def _open_run(folder: Path, recipe: Recipe, facts: dict[str, Any]) -> RunState:
     if record.exists() and begun:  # a run that stopped before its first step is nobody's yet
         old = json.loads(record.read_text(encoding="utf-8"))
         _refuse_another_recipe(folder, old, recipe, facts)
-        goes_on = any(old.get(name) != getattr(recipe, name) for name in LENGTHS) or _names_checkpoint(recipe)
+        goes_on = any(old.get(name) != getattr(recipe, name) for name in COUNTED_LENGTHS) or _names_checkpoint(recipe)
         if results.exists() and not goes_on:
             return RunState(results=json.loads(results.read_text(encoding="utf-8")))
     elif not record.exists() and folder.exists() and any(folder.iterdir()):

@@ -27,7 +27,7 @@ from ..results.score_text import MOST_CLASSES_LISTED, score_text, with_recall_in
 from .effects import IDLE_IN_RECIPE
 from .evaluation import evaluate
 from .flags import Parser, exit_code, parse_value
-from .machine import agree, commit, first_on_each_node, hardware, start_accelerator, versions
+from .machine import agree, commit, first_on_each_node, hardware, num_decoding_workers, start_accelerator, versions
 from .objectives import MultiLabel, SingleLabel
 from .recipes import FIELDS, Recipe
 from .run_folder import write_json
@@ -177,7 +177,7 @@ def score(
     threads, device, decoder = torch.get_num_threads(), accelerator.device, Decoder(processor)
     if num_workers is None:
         needs_none = is_resident(source, source.splits[split], decoder) or not processor.do_center_crop
-        num_workers = 0 if needs_none else min(16, max(1, threads - (device.type != "cpu")))
+        num_workers = 0 if needs_none else num_decoding_workers(device)
     model.to(device)
     objective = (MultiLabel if source.is_multi_label else SingleLabel)(len(source.class_names))
     started = time.perf_counter()
