@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +284,16 @@ def cells(row: Row, outcome: Outcome) -> list[str]:
         "equal" if outcome.are_counts_equal else "DIFFER",
         "yes" if outcome.is_ok(row.limit) else wrong,
     ]
+
+
+def from_record(record: dict[str, Any]) -> tuple[Row, Outcome]:
+    """A row and its outcome, as --output keeps them."""
+
+    def run(kept: dict[str, Any]) -> Run:
+        return Run(**{**kept, "flags": tuple(map(tuple, kept["flags"]))})
+
+    row = Row(record["what"], run(record["first"]), run(record["other"]), record["limit"], record["is_quick"])
+    return row, Outcome(**{item.name: record[item.name] for item in fields(Outcome)})
 
 
 def main(words: list[str] | None = None) -> int:

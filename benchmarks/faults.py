@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -410,8 +410,8 @@ FAULTS: dict[str, Callable[[Bench], Iterator[Outcome]]] = {
 HEADER = ["fault", "what it says", "exit code", "lost", "then ends the same", "ok"]
 
 
-def cells(outcome: Outcome, folder: Path) -> list[str]:
-    text = outcome.said.replace(f"{folder}/", "").replace("|", "\\|")
+def cells(outcome: Outcome) -> list[str]:
+    text = outcome.said.replace("|", "\\|")
     code = "hangs" if outcome.exit_code is None else str(outcome.exit_code)
     same = {True: "yes", False: "NO", None: ""}[outcome.same]
     return [outcome.fault, text, code, outcome.lost, same, "yes" if outcome.is_ok else "NO"]
@@ -431,7 +431,8 @@ def main(words: list[str] | None = None) -> int:
         bench = Bench(folder)
         for act in chosen:
             for outcome in act(bench):
-                outcomes.append((outcome, cells(outcome, folder)))
+                outcome = replace(outcome, said=outcome.said.replace(f"{folder}/", ""))
+                outcomes.append((outcome, cells(outcome)))
                 print(f"{time.monotonic() - began:5.0f} s: {' | '.join(outcomes[-1][1])}", file=sys.stderr, flush=True)
     print(markdown_table(HEADER, [row for _, row in outcomes]))
     is_ok = all(outcome.is_ok for outcome, _ in outcomes)

@@ -176,7 +176,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_name", help="a folder of parquet shards to measure as well")
+    parser.add_argument("--dataset_name", help="a folder of parquet shards to measure as well", metavar="DIR")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--output", help="a JSON file for the numbers")
     arguments = parser.parse_args(words)
@@ -187,7 +187,7 @@ def main(words: list[str] | None = None) -> int:
             "1 shard, 1 row group of 50,000": write_set(folder / "one", 1, 50_000, 50_000),
         }
         if arguments.dataset_name:
-            sets[Path(arguments.dataset_name).name] = arguments.dataset_name
+            sets[Path(arguments.dataset_name).name] = Path(arguments.dataset_name).resolve()  # runs start elsewhere
         for number, (name, data) in enumerate(sets.items()):
             own = folder / f"runs-{number}"
             own.mkdir()
