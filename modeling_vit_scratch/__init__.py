@@ -31,7 +31,12 @@ def _translated(*arguments):
     return importlib.import_module(".weights.from_pretrained", __name__).translated(*arguments)
 
 
+def _push_to_hub(model, *arguments, **options):
+    return importlib.import_module(".results.hub", __name__).push_with_code(model, *arguments, **options)
+
+
 ViTScratchPreTrainedModel.checkpoint_translator = staticmethod(_translated)
+ViTScratchPreTrainedModel.push_to_hub = _push_to_hub
 
 __all__ = [
     "PRESETS",

@@ -13,6 +13,7 @@ COMMANDS = {
     "predict": ("training.predicting:main", "says which classes images show, with probabilities"),
     "evaluate": ("training.scoring:main", "scores a model on a split or a folder: accuracy, calibration, each class"),
     "convert": ("training.converting:main", "writes a checkpoint as another library loads it, or as this package does"),
+    "push": ("training.pushing:main", "uploads the model of a finished run to the Hub, in one commit"),
     "doctor": ("doctor.command:main", "finds what is wrong with a network or with images, and says how to mend it"),
     "attention": ("training.looking:attention", "draws where a network looks in images"),
     "summary": ("training.looking:summary", "prints the shapes, parameters and operations of a network's layers"),

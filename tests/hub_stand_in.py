@@ -10,6 +10,7 @@ Its answers are those that huggingface_hub 2.4, datasets 5.2 and transformers 5 
 
 import base64
 import hashlib
+import io
 import json
 import os
 import re
@@ -25,12 +26,13 @@ KINDS = ("models", "datasets")
 
 @dataclass
 class Repository:
-    """One repository at one commit; pushing makes another commit and keeps no history."""
+    """A branch of a repository at one commit; pushing makes another commit and keeps no history."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     gated: bool = False  # its names are seen by everybody, its files by those who accepted the terms
     private: bool = False  # it is seen by those who may read it
     messages: list[str] = field(default_factory=list)  # of the commits that were pushed
+    branches: dict[str, "Repository"] = field(default_factory=dict)  # those besides main
 
     @property
     def commit(self) -> str:
@@ -39,18 +41,36 @@ class Repository:
             digest.update(path.encode() + hashlib.sha1(content).digest())
         return digest.hexdigest()
 
+    def at(self, revision: str | None) -> "Repository":
+        """The branch of that name; main for any other revision."""
+        return self.branches.get(revision, self)
+
+
+@dataclass
+class Account:
+    """Who holds a token: it reads and writes its own repositories, and reads those gated and private ones."""
+
+    name: str
+    reads: set[str]
+    writes: bool = True
+
 
 @dataclass
 class Fault:
-    """GETs of files whose path on the server holds `part` fail: the first `after` are served, the next `times` not."""
+    """Requests whose path on the server holds `part` fail: the first `after` are served, the next `times` not.
+
+    GETs of files, or POSTs and PUTs, as `method` says.
+    """
 
     part: str
     times: float
-    status: int | None  # None: the connection ends in the middle of the content
+    status: int | None  # None: the connection ends, in the middle of the content or without an answer
     after: int = 0
+    method: str = "GET"
+    is_done: bool = False  # what is asked (POST, PUT) is done all the same: the answer alone is lost
 
-    def strikes(self, path: str) -> bool:
-        if self.part not in path or self.times <= 0:
+    def strikes(self, method: str, path: str) -> bool:
+        if method != self.method or self.part not in path or self.times <= 0:
             return False
         if self.after > 0:
             self.after -= 1
@@ -64,7 +84,8 @@ class HubStandIn:
 
     def __init__(self):
         self.repositories: dict[tuple[str, str], Repository] = {}
-        self.accounts: dict[str, tuple[str, set[str]]] = {}  # token -> (name, gated and private repositories it reads)
+        self.accounts: dict[str, Account] = {}  # by token
+        self.objects: dict[str, bytes] = {}  # large files that were uploaded, by SHA-256; commits name them
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.Lock()
@@ -88,15 +109,15 @@ class HubStandIn:
         self.repositories[kind, name] = Repository(dict(files), **access)
         return self.repositories[kind, name]
 
-    def token(self, name: str, reads: tuple[str, ...] | list[str] = ()) -> str:
-        """A token of the account `name`, which reads its own repositories and these."""
-        token = f"hf_{hashlib.sha1(name.encode()).hexdigest()[:34]}"
-        self.accounts[token] = (name, set(reads))
+    def token(self, name: str, reads: tuple[str, ...] | list[str] = (), writes: bool = True) -> str:
+        """A token of the account `name`, which reads its own repositories and these, and writes its own."""
+        token = f"hf_{hashlib.sha1(f'{name} {writes}'.encode()).hexdigest()[:34]}"
+        self.accounts[token] = Account(name, set(reads), writes)
         return token
 
-    def fail(self, part: str, times: float = 1, status: int | None = 503, after: int = 0) -> Fault:
-        """From now on requests for files fail as Fault says; times=math.inf: for good."""
-        self.faults.append(Fault(part, times, status, after))
+    def fail(self, part: str, times: float = 1, status: int | None = 503, after: int = 0, **details: Any) -> Fault:
+        """From now on requests fail as Fault says; times=math.inf: for good."""
+        self.faults.append(Fault(part, times, status, after, **details))
         return self.faults[-1]
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
@@ -132,8 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     # ---------------------------------------------------------------- who asks, and for what
 
-    def account(self) -> tuple[str, set[str]] | None:
-        """(name, repositories) of the token; None without one. Raises PermissionError for a token nobody has."""
+    def account(self) -> Account | None:
+        """Who holds the token; None without one. Raises PermissionError for a token nobody has."""
         header = self.headers.get("Authorization")
         if header is None:
             return None
@@ -144,7 +165,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def may_read(self, name: str) -> bool:
         account = self.account()
-        return account is not None and (name in account[1] or name.split("/")[0] == account[0])
+        return account is not None and (name in account.reads or name.split("/")[0] == account.name)
+
+    def may_write(self, name: str) -> bool:
+        account = self.account()
+        return account is not None and account.writes and name.split("/")[0] == account.name
 
     def found(self, kind: str, name: str, for_files: bool) -> Repository | None:
         """The repository, or None after the answer that the Hub gives to who may not have it."""
@@ -169,13 +194,25 @@ class _Handler(BaseHTTPRequestHandler):
             self.account()
         except PermissionError:
             return self.refuse(401, None, "Invalid credentials in Authorization header")
+        fault = self.fault() if self.command in ("POST", "PUT") else None
+        if fault is not None:
+            if not fault.is_done and fault.status is not None:
+                return self.refuse(fault.status, None, "Out of order")
+            self.wfile, self.close_connection = io.BytesIO(), True
+            if not fault.is_done:
+                return
         for pattern, act in ROUTES:
             matched = re.fullmatch(pattern, path)
             if matched:
                 return act(self, body=body, query=query, **matched.groupdict())
         self.refuse(404, "EntryNotFound", "Not found")
 
-    do_GET = do_HEAD = do_POST = handle_request  # the names that http.server calls
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request  # the names that http.server calls
+
+    def fault(self) -> Fault | None:
+        with self.hub.lock:
+            path = unquote(self.path)
+            return next((fault for fault in self.hub.faults if fault.strikes(self.command, path)), None)
 
     # ---------------------------------------------------------------- reading
 
@@ -183,19 +220,18 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.found((kind or "models/").rstrip("/"), name, for_files=True)
         if repository is None:
             return
+        repository = repository.at(revision)
         if file not in repository.files:
             return self.refuse(404, "EntryNotFound", "Entry not found")
         content = repository.files[file]
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": repository.commit}
-        if self.command == "GET":
-            with self.hub.lock:
-                fault = next((fault for fault in self.hub.faults if fault.strikes(unquote(self.path))), None)
-            if fault is not None and fault.status is not None:
-                return self.refuse(fault.status, None, "Out of order")
-            if fault is not None:
-                self.answer(206, content[:10], **{**headers, "Content_Length": len(content)})
-                self.close_connection = True
-                return
+        fault = self.fault()
+        if fault is not None and fault.status is not None:
+            return self.refuse(fault.status, None, "Out of order")
+        if fault is not None:
+            self.answer(206, content[:10], **{**headers, "Content_Length": len(content)})
+            self.close_connection = True
+            return
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if span is None:
             return self.answer(200, content, Accept_Ranges="bytes", **headers)
@@ -203,15 +239,16 @@ class _Handler(BaseHTTPRequestHandler):
         headers["Content_Range"] = f"bytes {first}-{last}/{len(content)}"
         self.answer(206, content[first : last + 1], **headers)
 
-    def send_info(self, kind: str, name: str, **_: Any):
+    def send_info(self, kind: str, name: str, revision: str | None, **_: Any):
         repository = self.found(kind, name, for_files=False)
         if repository is not None:
+            repository = repository.at(revision)
             siblings = [{"rfilename": path} for path in sorted(repository.files)]
             facts = {"id": name, "sha": repository.commit, "private": repository.private, "siblings": siblings}
             self.answer_json({**facts, "gated": "auto" if repository.gated else False, "tags": [], "downloads": 0})
 
-    def send_authorization(self, kind: str, name: str, **_: Any):
-        if self.found(kind, name, for_files=True) is not None:
+    def send_authorization(self, kind: str, name: str, write: str | None, **_: Any):
+        if (self.writable(kind, name) if write else self.found(kind, name, for_files=True)) is not None:
             self.answer(200)
 
     def send_tree(self, kind: str, name: str, query: dict[str, list[str]], folder: str | None = None, **_: Any):
@@ -245,7 +282,7 @@ class _Handler(BaseHTTPRequestHandler):
         account = self.account()
         if account is None:
             return self.refuse(401, None, "Invalid username or password.")
-        self.answer_json({"type": "user", "name": account[0], "orgs": [], "auth": {"type": "access_token"}})
+        self.answer_json({"type": "user", "name": account.name, "orgs": [], "auth": {"type": "access_token"}})
 
     # ---------------------------------------------------------------- pushing
 
@@ -253,7 +290,9 @@ class _Handler(BaseHTTPRequestHandler):
         account, asked = self.account(), json.loads(body)
         if account is None:
             return self.refuse(401, None, "Invalid username or password.")
-        name = f"{asked.get('organization') or account[0]}/{asked['name']}"
+        name = f"{asked.get('organization') or account.name}/{asked['name']}"
+        if not self.may_write(name):
+            return self.refuse(403, None, f"You don't have the rights to create {name}")
         kind = f"{asked.get('type') or 'model'}s"
         address = {"url": f"{self.hub.url}/{'' if kind == 'models' else f'{kind}/'}{name}", "name": name, "id": name}
         if (kind, name) in self.hub.repositories:
@@ -267,29 +306,55 @@ class _Handler(BaseHTTPRequestHandler):
 
     def writable(self, kind: str, name: str) -> Repository | None:
         repository = self.found(kind, name, for_files=True)
-        if repository is not None and not self.may_read(name):
+        if repository is not None and not self.may_write(name):
             self.refuse(403, None, "You don't have the rights to write to this repository")
             return None
         return repository
 
-    def announce_files(self, kind: str, name: str, body: bytes, **_: Any):
-        repository = self.writable(kind, name)
-        if repository is not None:
-            paths = [file["path"] for file in json.loads(body)["files"]]
-            oids = {path: _blob_id(repository.files[path]) for path in paths if path in repository.files}
-            plain = {"uploadMode": "regular", "shouldIgnore": False}
-            self.answer_json({"files": [{"path": path, "oid": oids.get(path), **plain} for path in paths]})
-
-    def add_commit(self, kind: str, name: str, body: bytes, **_: Any):
+    def add_branch(self, kind: str, name: str, revision: str, **_: Any):
         repository = self.writable(kind, name)
         if repository is None:
             return
+        if revision in repository.branches:
+            return self.refuse(409, None, "Reference already exists")
+        repository.branches[revision] = Repository(dict(repository.files))
+        self.answer(201)
+
+    def announce_files(self, kind: str, name: str, revision: str, body: bytes, **_: Any):
+        repository = self.writable(kind, name)
+        if repository is not None:
+            files = repository.at(revision).files
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            self.answer_json({"files": [_upload_mode(path, files.get(path)) for path in paths]})
+
+    def announce_objects(self, name: str, body: bytes, kind: str | None = None, **_: Any):
+        if self.writable((kind or "models/").rstrip("/"), name) is None:
+            return
+        objects = json.loads(body)["objects"]
+        for item in objects:
+            if item["oid"] not in self.hub.objects:
+                item["actions"] = {"upload": {"href": f"{self.hub.url}/objects/{item['oid']}"}}
+        self.answer_json({"transfer": "basic", "objects": objects})
+
+    def add_object(self, oid: str, body: bytes, **_: Any):
+        if hashlib.sha256(body).hexdigest() != oid:
+            return self.refuse(400, None, "The content is not what was announced")
+        self.hub.objects[oid] = body
+        self.answer(200)
+
+    def add_commit(self, kind: str, name: str, revision: str, body: bytes, **_: Any):
+        repository = self.writable(kind, name)
+        if repository is None:
+            return
+        repository = repository.at(revision)
         for line in map(json.loads, body.splitlines()):
             key, value = line["key"], line["value"]
             if key == "header":
                 repository.messages.append(value["summary"])
             elif key == "file":
                 repository.files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                repository.files[value["path"]] = self.hub.objects[value["oid"]]
             elif key == "deletedFile":
                 del repository.files[value["path"]]
         commit = repository.commit
@@ -298,6 +363,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _upload_mode(path: str, content: bytes | None) -> dict[str, Any]:
+    """How a file is to come, large ones by LFS, with the digest of what is there already."""
+    is_large = path.endswith(".safetensors")
+    digest = None if content is None else hashlib.sha256(content).hexdigest() if is_large else _blob_id(content)
+    return {"path": path, "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False, "oid": digest}
 
 
 def _entry(path: str, content: bytes) -> dict[str, Any]:
@@ -312,7 +384,10 @@ ROUTES = (
     (r"/api/validate-yaml", _Handler.validate),
     (REPOSITORY + r"/tree/(?P<revision>[^/]+)(?P<folder>/.*)?", _Handler.send_tree),
     (REPOSITORY + r"/paths-info/(?P<revision>[^/]+)", _Handler.send_paths),
-    (REPOSITORY + r"/auth-check", _Handler.send_authorization),
+    (REPOSITORY + r"/auth-check(?P<write>/write)?", _Handler.send_authorization),
+    (r"/(?P<kind>datasets/)?(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.announce_objects),
+    (r"/objects/(?P<oid>\w+)", _Handler.add_object),
+    (REPOSITORY + r"/branch/(?P<revision>.+)", _Handler.add_branch),
     (REPOSITORY + r"/preupload/(?P<revision>[^/]+)", _Handler.announce_files),
     (REPOSITORY + r"/commit/(?P<revision>[^/]+)", _Handler.add_commit),
     (REPOSITORY + r"(/revision/(?P<revision>[^/]+))?", _Handler.send_info),

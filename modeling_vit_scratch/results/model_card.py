@@ -1,12 +1,14 @@
-"""model/README.md: the model card of a finished run, made from the run's records alone."""
+"""model/README.md: the model card of a finished run, made from the run's records alone, and what it shows beside it."""
 
 import math
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from .record import (
     METRICS,
@@ -30,6 +32,11 @@ from .record import (
 )
 
 MOST_CLASSES_NAMED = 20
+# those of the run's plots/ that the card shows, with what they say to who cannot see them
+PICTURES = {
+    "curves.png": "Loss, accuracy and learning rate over the steps of training",
+    "confusion.png": "Confusion matrix: rows are the true classes, columns the answers",
+}
 
 USE = """\
 ## How to use
@@ -59,12 +66,30 @@ print(model.config.id2label[probabilities.argmax().item()], probabilities.max().
 
 
 def write_model_card(run_dir: str | Path) -> Path:
-    """The path of the model card it writes: README.md beside the weights in the run's model/ folder."""
+    """The path of the model card it writes: README.md beside the weights in the run's model/ folder.
+
+    With it come what it shows, plots/*.png, and for data on the Hub .eval_results/*.yaml.
+    """
     run = read_run(run_dir)
-    path = run.folder / "model" / "README.md"
-    path.parent.mkdir(exist_ok=True)
+    model = run.folder / "model"
+    model.mkdir(exist_ok=True)
+    for name in pictures(run):
+        (model / "plots").mkdir(exist_ok=True)
+        shutil.copyfile(run.folder / "plots" / name, model / "plots" / name)
+    if (entry := benchmark_result(run)) is not None:
+        path = model / ".eval_results" / f"{entry.dataset_id.replace('/', '_')}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+        path.write_text(text, encoding="utf-8", newline="\n")
+    path = model / "README.md"
     path.write_text(f"---\n{metadata(run).to_yaml()}\n---\n\n{body(run)}\n", encoding="utf-8", newline="\n")
     return path
+
+
+def card_of(run: RunRecord, repository: str) -> bytes:
+    """The card as it lies in model/, its examples made out to the repository on the Hub. What was edited stays."""
+    text = (run.folder / "model" / "README.md").read_text(encoding="utf-8")
+    return text.replace(f'"{model_id(run)}"', f'"{repository}"').encode()
 
 
 # ---------------------------------------------------------------- metadata
@@ -77,7 +102,8 @@ def metadata(run: RunRecord) -> ModelCardData:
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
-        license="apache-2.0",
+        # this code's; weights that started from a checkpoint keep that one's, which the run does not know
+        license=None if run.recipe.get("model_name_or_path") else "apache-2.0",
         tags=["image-classification", "vision", "vit_scratch"],
         datasets=[data] if data else None,
         base_model=hub_id(run.recipe.get("model_name_or_path")),
@@ -107,13 +133,30 @@ def evaluation_results(run: RunRecord) -> list[EvalResult]:
     ]
 
 
+def benchmark_result(run: RunRecord) -> EvalResultEntry | None:
+    """The score that the run is judged by, in the Hub's newer format, which is for data on the Hub; else None.
+
+    The format has one value a dataset: accuracy, or where images have several classes mean average precision. The Hub
+    shows it where the dataset is registered as a benchmark; the card's model-index has all scores of all data.
+    https://huggingface.co/docs/hub/eval-results
+    """
+    data = dataset_hub_id(run)
+    for split, found in scores(run.results).items():
+        metric = next((name for name in ("mean_average_precision", "accuracy") if name in found), None)
+        if data and metric and math.isfinite(found[metric]):
+            notes = f"{METRICS[metric].label} on the {split} split"
+            return EvalResultEntry(dataset_id=data, task_id="default", value=found[metric], notes=notes)
+    return None
+
+
 # ---------------------------------------------------------------- text
 
 
 def body(run: RunRecord) -> str:
     """The card's text."""
     parts = [f"# {markdown(run.name)}", introduction(run), score_table(run), USE.format(model=model_id(run))]
-    parts += [training(run), f"## Limits\n\n{bullets(limits(run))}"]
+    parts += [training(run), *(f"![{text}](plots/{name})" for name, text in pictures(run).items())]
+    parts += [f"## Limits\n\n{bullets(limits(run))}"]
     return "\n\n".join(filter(None, parts))
 
 
@@ -140,6 +183,11 @@ def score_table(run: RunRecord) -> str:
         cells = [metric_text(metric, found[metric]) if metric in found else "–" for found in by_split.values()]
         lines.append(f"| {metric_label(metric)} | {' | '.join(cells)} |")
     return "\n".join(["## Scores", "", *lines])
+
+
+def pictures(run: RunRecord) -> dict[str, str]:
+    """Those of PICTURES that the run has drawn."""
+    return {name: text for name, text in PICTURES.items() if (run.folder / "plots" / name).is_file()}
 
 
 def model_id(run: RunRecord) -> str:
@@ -191,6 +239,8 @@ def limits(run: RunRecord) -> list[str]:
         "On images unlike those it was trained and scored on it may do worse than its scores.",
         "The scores are those of one run; another seed gives others.",
     ]
+    if run.recipe.get("model_name_or_path"):
+        found.append("The license of the checkpoint it was fine-tuned from holds for it too.")
     if "test" not in by_split:
         found.append("It was not scored on a test split: nothing here was measured on images kept aside to the end.")
     for split, values in by_split.items():

@@ -1,4 +1,4 @@
-"""The pictures of a run: curves over the steps and the confusion matrix, in a light and a dark theme.
+"""The pictures of a run, for its folder plots/: curves over the steps and the confusion matrix.
 
 Figures are drawn through matplotlib's object interface: pyplot's global state and the chosen backend stay as they are.
 """
@@ -176,13 +176,6 @@ def style_axes(axes: Axes, theme: Theme):
         spine.set_color(theme.grid)
 
 
-def panel_figure(run: RunRecord, key: str, theme: Theme) -> Figure:
-    """One panel as a picture of its own."""
-    figure = Figure(figsize=(4.4, 2.8), facecolor=theme.background, layout="constrained")
-    draw_panel(figure.add_subplot(), key, run, theme)
-    return figure
-
-
 def curves_figure(run: RunRecord, theme: Theme) -> Figure | None:
     """All panels of a run in one picture; None for a run that logged nothing."""
     keys = panels_of(run)
@@ -190,8 +183,12 @@ def curves_figure(run: RunRecord, theme: Theme) -> Figure | None:
         return None
     num_columns = min(len(keys), 3)
     num_rows = math.ceil(len(keys) / num_columns)
-    figure = Figure(figsize=(5 * num_columns, 3.4 * num_rows), facecolor=theme.background, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    width, height = 5 * num_columns, 3.4 * num_rows
+    figure = Figure(figsize=(width, height), facecolor=theme.background)
+    # fixed margins, in inches: a layout engine would draw every text once more to measure it
+    figure.subplots_adjust(
+        left=0.7 / width, right=1 - 0.25 / width, bottom=0.55 / height, top=1 - 0.4 / height, wspace=0.21, hspace=0.38
+    )
     for place, key in enumerate(keys, start=1):
         draw_panel(figure.add_subplot(num_rows, num_columns, place), key, run, theme)
     return figure

@@ -1,27 +1,17 @@
-"""report.html: a finished run on one page that needs no network, made from the run's records alone."""
+"""report.html: a finished run on one page that needs no network and no scripts.
 
-import base64
-import html
-import json
-from collections.abc import Iterable, Sequence
+report_html.py holds the page's pieces, report_charts.py its charts, report_network.py what shows images and weights.
+"""
+
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from .plots import (
-    DARK,
-    LIGHT,
-    MOST_CLASSES_COUNTED,
-    MOST_CLASSES_DRAWN,
-    PANELS,
-    confusion_figure,
-    panel_figure,
-    panels_of,
-    png_bytes,
-)
+from ..data.sources import Source
+from .examined import Examination, examine
+from .plots import MOST_CLASSES_DRAWN, panels_of
 from .record import (
     METRICS,
+    RISEN_LOSS_RATIO,
     RunRecord,
     accuracy_margin,
     command_text,
@@ -32,92 +22,64 @@ from .record import (
     metric_text,
     most_confused,
     overfitting_note,
-    printable,
     read_run,
     scores,
     split_sizes,
     weights_text,
 )
+from .report_charts import confusion_chart, panel_chart, reliability_chart
+from .report_html import (
+    Section,
+    cells,
+    document,
+    fact_table,
+    folded,
+    framed_table,
+    note,
+    row_header,
+    share_cell,
+    table,
+    table_row,
+    text,
+    tile,
+    value_text,
+)
+from .report_network import attention_section, hardest_section, parameters_section, weights_section
 
 MOST_CLASSES_UNFOLDED = 30
-PIXELS_PER_INCH = 80  # of a picture on a phone, where one too wide for the screen scrolls: nine points are ten pixels
-
-STYLE = """
-:root { color-scheme: light dark; --page: #f6f8fa; --card: #ffffff; --text: #1f2328; --muted: #59636e;
-  --line: #d8dee4; --accent: #0072b2; --warning: #fff4e5; --warning-line: #d55e00; --bar: #cfe4f3; }
-@media (prefers-color-scheme: dark) { :root { --page: #0d1117; --card: #161b22; --text: #e6edf3; --muted: #9198a1;
-  --line: #2d333b; --accent: #56b4e9; --warning: #2b2117; --warning-line: #f0883e; --bar: #1d3b53; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); line-height: 1.5;
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0.5rem 0 0.25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.25rem 0 0.75rem; }
-p { margin: 0 0 0.75rem; max-width: 46rem; }
-.lead, .note { color: var(--muted); }
-.note { font-size: 0.875rem; margin-top: 0.5rem; }
-.warning { max-width: none; margin: 1.25rem 0 0; padding: 0.75rem 1rem; background: var(--warning);
-  border-left: 4px solid var(--warning-line); border-radius: 4px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: 0.75rem;
-  margin-top: 1.25rem; }
-.tile, figure, .scroll, pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
-.tile { padding: 0.75rem 1rem; }
-.tile b { display: block; font-size: 1.6rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--muted); font-size: 0.875rem; }
-.tile:first-child { border-color: var(--accent); }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 0.75rem; }
-figure { margin: 0; padding: 0.5rem; }
-figure img { display: block; height: auto; }
-.curves img { width: 100%; }
-.side { display: flex; flex-wrap: wrap; gap: 0.75rem 2rem; align-items: flex-start; }
-.side > * { max-width: 100%; }
-.side > p { flex-basis: 100%; }
-figure.matrix { overflow-x: auto; }
-@media (min-width: 40rem) { figure.matrix img { width: auto; max-width: 100%; max-height: 38rem; }
-  figure.large img { max-height: none; } }
-h3 { font-size: 1rem; margin: 0.5rem 0 0.75rem; }
-.scroll { overflow-x: auto; width: fit-content; max-width: 100%; }
-table { border-collapse: collapse; font-size: 0.9375rem; }
-th, td { padding: 0.4rem clamp(0.4rem, 2vw, 0.9rem); text-align: left; vertical-align: baseline;
-  border-bottom: 1px solid var(--line); }
-tbody tr:last-child > * { border-bottom: 0; }
-thead th { color: var(--muted); font-weight: 600; white-space: nowrap; }
-tbody th { font-weight: 500; }
-table.facts th { white-space: nowrap; }
-table.facts td { overflow-wrap: anywhere; min-width: 8rem; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.share { background: linear-gradient(to left, var(--bar) var(--share), transparent var(--share)); }
-pre { margin: 0; padding: 0.75rem 1rem; overflow-x: auto; white-space: pre-wrap; font-size: 0.875rem; }
-pre span { white-space: nowrap; }
-summary { cursor: pointer; margin-bottom: 0.75rem; color: var(--accent); }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 0 1.5rem;
-  align-items: start; }
-.columns .scroll { width: auto; }
-.columns table { width: 100%; }
-"""
+CALIBRATED = 0.02  # mean confidence and accuracy closer than this are called alike
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """The path of the report.html it writes into the run's folder: one file, nothing to fetch, no scripts."""
+def write_report(run_dir: str | Path, source: Source | None = None) -> Path:
+    """The path of the report.html it writes into the run's folder: one file, nothing to fetch, no scripts.
+
+    source: the run's data, for the images; without it the report says that they are missing.
+    """
     run = read_run(run_dir)
     path = run.folder / "report.html"
-    path.write_text(page(run), encoding="utf-8", newline="\n")
+    path.write_text(page(run, examine(run, source)), encoding="utf-8", newline="\n")
     return path
 
 
-def page(run: RunRecord) -> str:
+def page(run: RunRecord, found: Examination) -> str:
     """The whole page as text."""
-    sections = [heading(run), curves(run), confusion(run), per_class(run), how_it_was_made(run)]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        f"<title>{text(run.name)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(filter(None, sections))
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    sections = [
+        curves(run),
+        calibration(run),
+        confusion(run),
+        per_class(run),
+        hardest_section(run, found),
+        attention_section(run, found),
+        weights_section(found),
+        parameters_section(found),
+        repetition(run),
+        machine(run),
+    ]
+    opening = heading(run) + "".join(map(note, found.missing))
+    return document(run.name, opening, [section for section in sections if section is not None])
 
 
-# ---------------------------------------------------------------- sections
+# ---------------------------------------------------------------- the scores
 
 
 def heading(run: RunRecord) -> str:
@@ -132,7 +94,7 @@ def heading(run: RunRecord) -> str:
         if metric in METRICS and METRICS[metric].is_share
     ]
     parts.append(f'<div class="tiles">{"".join(tiles[:4])}</div>' if tiles else "")
-    warning = overfitting_note(run.evaluations)
+    warning = overfitting_note(run.evaluations) or surer_note(run.evaluations)
     parts.append(f'<p class="warning">{text(warning)}</p>' if warning else "")
     if by_split:
         metrics = list(dict.fromkeys(metric for found in by_split.values() for metric in found))
@@ -142,7 +104,8 @@ def heading(run: RunRecord) -> str:
             for metric in metrics
         ]
         parts.append(f"<h2>Scores</h2>{table(['', *map(str.capitalize, by_split)], rows)}")
-        parts.append(f'<p class="note">The weights scored, and kept in model/, are {text(weights_text(results))}.</p>')
+        kept = "" if results.get("specimen") else ", and kept in model/,"  # a specimen is scored, not published
+        parts.append(note(f"The weights scored{kept} are {weights_text(results)}."))
     return "".join(parts)
 
 
@@ -173,39 +136,110 @@ def margin(run: RunRecord, split: str, metric: str, value: float) -> str:
     return f", ± {100 * accuracy_margin(value, num_images):.1f} points on {num_images:,} images"
 
 
-def curves(run: RunRecord) -> str:
-    """The training curves, each a picture of its own so that a phone stacks them."""
-    pictures = [
-        picture(PANELS[key][0], [panel_figure(run, key, theme) for theme in (LIGHT, DARK)]) for key in panels_of(run)
+def surer_note(evaluations: list[dict[str, Any]]) -> str | None:
+    """A sentence for a run whose validation loss has risen from its lowest value while accuracy rose too; else None.
+
+    Where accuracy did not rise, `overfitting_note` speaks.
+    """
+    rows = [row for row in evaluations if row.get("eval_loss") is not None and row.get("eval_accuracy") is not None]
+    if not rows:
+        return None
+    lowest, last = min(rows, key=lambda row: row["eval_loss"]), rows[-1]
+    has_risen = last["eval_loss"] > RISEN_LOSS_RATIO * lowest["eval_loss"]
+    if not has_risen or last["eval_accuracy"] <= lowest["eval_accuracy"]:
+        return None
+    return (
+        f"The validation loss was lowest at step {lowest['step']:,} ({lowest['eval_loss']:.3f}) and rose to "
+        f"{last['eval_loss']:.3f} at step {last['step']:,}, while the validation accuracy did not fall "
+        f"({metric_text('accuracy', lowest['eval_accuracy'])}, then {metric_text('accuracy', last['eval_accuracy'])}): "
+        "the model is right more often, but too sure where it is wrong. Its answers can be used; its probabilities say "
+        "too much. Label smoothing or mixup would help."
+    )
+
+
+def curves(run: RunRecord) -> Section | None:
+    """The training curves, each a picture of its own so that a phone stacks them, and the evaluations as a table."""
+    charts = "".join(panel_chart(run, key) for key in panels_of(run))
+    if not charts:
+        return None
+    body = f'<div class="curves">{charts}</div>'
+    if run.evaluations:
+        metrics = [key for key in run.evaluations[-1] if key.startswith("eval_")]
+        rows = [
+            [
+                f"{row['step']:,}",
+                *(
+                    metric_text(key.removeprefix("eval_"), row[key]) if row.get(key) is not None else "–"
+                    for key in metrics
+                ),
+            ]
+            for row in run.evaluations
+        ]
+        headers = ["Step", *(metric_label(key.removeprefix("eval_")) for key in metrics)]
+        body += folded(f"All {len(rows)} evaluations on the validation split", table(headers, rows))
+    return Section("curves", "Curves", body)
+
+
+# ---------------------------------------------------------------- the answers
+
+
+def calibration(run: RunRecord) -> Section | None:
+    """Whether the network is as often right as it is sure."""
+    split = judged_split(run.results.get("calibration"))
+    if split is None:
+        return None
+    found = run.results["calibration"][split]
+    num_images = sum(row["count"] for row in found["bins"])
+    right = sum(row["count"] * row["accuracy"] for row in found["bins"] if row["count"]) / num_images
+    gap = found["mean_confidence"] - right
+    verdict = "as it should be" if abs(gap) < CALIBRATED else "too sure" if gap > 0 else "less sure than it may be"
+    said = (
+        f"On average the network is {100 * found['mean_confidence']:.1f}% sure and {100 * right:.1f}% of its answers "
+        f"are right: {verdict}. Its expected calibration error is {100 * found['expected_calibration_error']:.2f}%: "
+        "by so much confidence and share of right answers differ, over the images."
+    )
+    reading = (
+        "Blue bars: how many answers of a confidence are right. On the dashed line a network is as often right as it "
+        "is sure. Orange: what is missing or too much. Below: how many images have that confidence."
+    )
+    rows = [
+        [f"{row['above']:.2f} to {row['up_to']:.2f}", f"{row['count']:,}"]
+        + [f"{100 * row[key]:.1f}%" if row[key] is not None else "–" for key in ("confidence", "accuracy")]
+        for row in found["bins"]
     ]
-    return f'<h2>Curves</h2><div class="curves">{"".join(pictures)}</div>' if pictures else ""
+    numbers = folded("The bins in numbers", table(["Confidence", "Images", "Mean confidence", "Right"], rows))
+    body = f'<p>{text(said)}</p><div class="side">{reliability_chart(found)}<div>{note(reading)}{numbers}</div></div>'
+    return Section("calibration", f"How sure, and how often right ({split} split)", body)
 
 
-def confusion(run: RunRecord) -> str:
+def confusion(run: RunRecord) -> Section | None:
     """The confusion matrix as a picture, and the most frequent mistakes as a table."""
     split = judged_split(run.results.get("confusion"))
     if split is None:
-        return ""
-    parts = []
-    figures = [confusion_figure(run, theme) for theme in (LIGHT, DARK)]
-    if figures[0] is not None:
-        is_large = len(run.class_names) > MOST_CLASSES_COUNTED
-        parts.append(picture("Confusion matrix", figures, css_class="matrix large" if is_large else "matrix"))
+        return None
+    counts, parts = run.results["confusion"][split], []
+    if len(run.class_names) <= MOST_CLASSES_DRAWN:
+        reading = note(
+            "Rows: the true class. Columns: the answer. The stronger the colour, the larger the share of the row."
+        )
+        parts.append(f"<div>{confusion_chart(counts, run.class_names)}{reading}</div>")
     else:
-        parts.append(f'<p class="note">The matrix is drawn for up to {MOST_CLASSES_DRAWN} classes.</p>')
-    mistakes = most_confused(run.results["confusion"][split], run.class_names)
+        parts.append(note(f"The matrix is drawn for up to {MOST_CLASSES_DRAWN} classes."))
+    mistakes = most_confused(counts, run.class_names)
     if mistakes:
         rows = [[true, predicted, f"{count:,}"] for true, predicted, count in mistakes]
         found = table(["True class", "Taken for", "Images"], rows, first_number=2)
         parts.append(f"<div><h3>Most frequent mistakes</h3>{found}</div>")
-    return f'<h2>Which class is taken for which ({split} split)</h2><div class="side">{"".join(parts)}</div>'
+    return Section(
+        "confusion", f"Which class is taken for which ({split} split)", f'<div class="side">{"".join(parts)}</div>'
+    )
 
 
-def per_class(run: RunRecord) -> str:
+def per_class(run: RunRecord) -> Section | None:
     """Precision, recall and F1 of each class; folded where classes are many."""
     split = judged_split(run.results.get("per_class"))
     if split is None:
-        return ""
+        return None
     rows = run.results["per_class"][split]
     body = [
         table_row(
@@ -218,104 +252,51 @@ def per_class(run: RunRecord) -> str:
         for row in rows
     ]
     full = framed_table(body, ["Class", "Precision", "Recall", "F1", "Images"])
-    if len(rows) > MOST_CLASSES_UNFOLDED:
-        full = f"<details><summary>All {len(rows)} classes</summary>{full}</details>"
-    return f"<h2>Each class ({split} split)</h2>{full}"
+    full = folded(f"All {len(rows)} classes", full) if len(rows) > MOST_CLASSES_UNFOLDED else full
+    return Section("classes", f"Each class ({split} split)", full)
 
 
-def how_it_was_made(run: RunRecord) -> str:
-    """Command, data, machine, versions and recipe: what it takes to do it again."""
-    results = run.results
+# ---------------------------------------------------------------- what it takes to do it again
+
+
+def repetition(run: RunRecord) -> Section:
+    """The command, and the recipe's fields: those that differ from the named recipe first."""
     parts = []
-    if results.get("command"):
+    if run.results.get("command"):
         # word by word, so that a line never breaks within a flag
-        words = " ".join(f"<span>{text(word)}</span>" for word in command_text(results["command"]).split(" "))
-        parts.append(f"<h2>Command</h2><pre>{words}</pre>")
-    machine = {
-        **{name.replace("_", " "): value for name, value in (results.get("hardware") or {}).items()},
-        "processes": results.get("num_processes"),
-        "mixed precision": results.get("mixed_precision"),
-        "seed": results.get("seed"),
-        "commit": results.get("commit"),
-    }
+        words = " ".join(f"<span>{text(word)}</span>" for word in command_text(run.results["command"]).split(" "))
+        parts.append(f"<p>The command that repeats this run:</p><pre>{words}</pre>")
+    changed = run.results.get("changed_fields")
+    if changed:
+        rows = [[name, value_text(run.recipe.get(name)), value_text(usual)] for name, usual in changed.items()]
+        headers = ["Field", "This run", f"Recipe {run.recipe.get('recipe')}"]
+        parts.append(f"<h3>What differs from the recipe</h3>{table(headers, rows, first_number=3)}")
+    elif changed is not None:
+        parts.append(note(f"Every field is as the recipe {run.recipe.get('recipe')} has it."))
+    parts.append(folded(f"All {len(run.recipe)} fields of the recipe", fact_table(run.recipe)))
+    return Section("recipe", "Command and recipe", "".join(parts))
+
+
+def machine(run: RunRecord) -> Section | None:
+    """Machine, versions and data."""
+    results = run.results
     facts = {
-        "Machine and run": machine,
+        "Machine and run": {
+            **{name.replace("_", " "): value for name, value in (results.get("hardware") or {}).items()},
+            "processes": results.get("num_processes"),
+            "mixed precision": results.get("mixed_precision"),
+            "seed": results.get("seed"),
+            "commit": results.get("commit"),
+        },
         "Versions": results.get("versions") or {},
         "Images by split": split_sizes(results),
     }
     known = {
         title: {name: value for name, value in found.items() if value is not None} for title, found in facts.items()
     }
-    tables = [f"<div><h2>{title}</h2>{fact_table(found)}</div>" for title, found in known.items() if found]
-    parts.append(f'<div class="columns">{"".join(tables)}</div>')
-    parts.append(f"<h2>Recipe</h2><details><summary>All {len(run.recipe)} fields</summary>")
-    parts.append(f"{fact_table(run.recipe)}</details>")
-    return "".join(parts)
-
-
-# ---------------------------------------------------------------- pieces
-
-
-def text(value: Any) -> str:
-    """The value as text of a page: names of classes and folders come from strangers."""
-    return html.escape(printable(value))
-
-
-def tile(number: str, label: str) -> str:
-    return f'<div class="tile"><b>{text(number)}</b><span>{text(label)}</span></div>'
-
-
-def table(headers: Sequence[str], rows: Iterable[Sequence[str]], first_number: int = 1) -> str:
-    """A table whose columns from `first_number` on are numbers, set to the right."""
-    body = [table_row([row_header(row[0]), *cells("td", row[1:], first_number - 1)]) for row in rows]
-    return framed_table(body, headers, first_number)
-
-
-def framed_table(body: Iterable[str], headers: Sequence[str] = (), first_number: int = 1) -> str:
-    """The rows as a table that scrolls by itself where a screen is too narrow for it; without headers, of facts."""
-    head = f"<thead>{table_row(cells('th', headers, first_number))}</thead>" if headers else ""
-    opening = "<table>" if headers else '<table class="facts">'
-    return f'<div class="scroll">{opening}{head}<tbody>{"".join(body)}</tbody></table></div>'
-
-
-def table_row(row: Iterable[str]) -> str:
-    return f"<tr>{''.join(row)}</tr>"
-
-
-def row_header(value: Any) -> str:
-    return f'<th scope="row">{text(value)}</th>'
-
-
-def cells(tag: str, values: Sequence[Any], first_number: int) -> list[str]:
-    """The values as cells, from `first_number` on as numbers."""
-    plain = [f"<{tag}>{text(value)}</{tag}>" for value in values[:first_number]]
-    return plain + [f'<{tag} class="number">{text(value)}</{tag}>' for value in values[first_number:]]
-
-
-def share_cell(share: float) -> str:
-    """A share of one as a cell with a bar behind it."""
-    return f'<td class="number share" style="--share: {100 * share:.1f}%">{100 * share:.1f}%</td>'
-
-
-def fact_table(facts: dict[str, Any]) -> str:
-    """Names and values."""
-    return framed_table(table_row([row_header(name), *cells("td", [value_text(facts[name])], 1)]) for name in facts)
-
-
-def value_text(value: Any) -> str:
-    """A recorded value for people: numbers grouped, what is not set as a dash, lists and tables as JSON."""
-    if value is None:
-        return "–"
-    if isinstance(value, (dict, list, bool)):
-        return json.dumps(value, ensure_ascii=False)
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def picture(title: str, figures: Sequence[Figure], css_class: str = "curve") -> str:
-    """A figure in its light and its dark version, as data within the page."""
-    width = PIXELS_PER_INCH * figures[0].get_figwidth()
-    light, dark = (f"data:image/png;base64,{base64.b64encode(png_bytes(figure)).decode()}" for figure in figures)
+    tables = [f"<div><h3>{title}</h3>{fact_table(found)}</div>" for title, found in known.items() if found]
     return (
-        f'<figure class="{css_class}"><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}"/>'
-        f'<img alt="{text(title)}" width="{width:.0f}" src="{light}"/></picture></figure>'
+        Section("machine", "Machine, versions, data", f'<div class="columns">{"".join(tables)}</div>')
+        if tables
+        else None
     )

@@ -8,6 +8,7 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..errors import UserError
+from .sharding import local_tensors, shared_out
 
 
 def half_life(decay: float) -> float:
@@ -28,24 +29,24 @@ def check_decay(decay: float | None, total_steps: int):
 class AveragedWeights:
     """A copy of a model whose weights follow the model's: average <- decay * average + (1 - decay) * weights.
 
-    The first update copies the weights, so that the random start has no part in it.
+    The first update copies the weights, so that the random start has no part in it. Where both are in shards, each
+    process averages its own.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.has_begun = False
-        self._tensors = [parameter.data for parameter in self.model.parameters()]
         self._lerp = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module):
-        weights = [parameter.data for parameter in model.parameters()]
+        averages, weights = local_tensors(self.model.parameters()), local_tensors(model.parameters())
         if self.has_begun:
-            self._lerp(self._tensors, weights, None)
+            self._lerp(averages, weights, None)
         else:
-            torch._foreach_copy_(self._tensors, weights)
+            torch._foreach_copy_(averages, weights)
             self.has_begun = True
 
     def load_tensors(self, tensors: Mapping[str, torch.Tensor], has_begun: bool):
-        self.model.load_state_dict(tensors)
+        self.model.load_state_dict(shared_out(tensors, self.model.state_dict()))
         self.has_begun = has_begun

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import UserError
+from .sharding import gathered, own_shard
 
 MANIFEST = "MANIFEST.json"
 PARTIAL = ".partial-"  # no resume looks at a folder of this name
@@ -33,22 +34,24 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
-    """The optimizer's state as flat tensors "parameter/entry"; `names` in the order of its parameters."""
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: list[str], is_kept: bool = True
+) -> dict[str, torch.Tensor]:
+    """The optimizer's state as flat tensors "parameter/entry", whole and on the CPU; `names` in the order of its
+    parameters. All processes take part in it; where it is not kept it is empty."""
     state = optimizer.state_dict()["state"]
-    return {
-        f"{names[index]}/{entry}": value.detach().cpu().contiguous()
-        for index, entries in state.items()
-        for entry, value in entries.items()
-    }
+    flat = {f"{names[index]}/{entry}": value for index, entries in state.items() for entry, value in entries.items()}
+    return gathered(flat, is_kept)
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, torch.Tensor]):
     """Puts saved tensors back; rates and decays stay those of the optimizer, which the recipe made."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, entry = key.rpartition("/")
-        state.setdefault(names.index(name), {})[entry] = tensor
+        index = names.index(name)
+        state.setdefault(index, {})[entry] = own_shard(tensor, parameters[index])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

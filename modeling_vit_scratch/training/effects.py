@@ -31,6 +31,8 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
     "stream_window": (lambda r: not r.streaming, "it goes with --streaming true"),
     "preset": (lambda r: r.model_name_or_path is not None, "the checkpoint decides the network"),
     "config_overrides": (lambda r: r.model_name_or_path is not None, "the checkpoint decides the network"),
+    "push_to_hub": (lambda r: r.push_to_hub and r.specimen is not None, "a specimen is not published"),
+    **dict.fromkeys(("hub_model_id", "hub_private_repo"), (lambda r: not r.push_to_hub, "it goes with --push_to_hub")),
     "finetune": (lambda r: r.model_name_or_path is None, "it goes with --model_name_or_path"),
     **dict.fromkeys(
         ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),

@@ -11,15 +11,18 @@ from ..data.augmentation import normalise
 from ..data.loading import EvaluationData
 from .machine import in_sample_order
 from .objectives import Objective
+from .sharding import is_in_shards, reshard
 
 
 @dataclass
 class Evaluation:
-    """Scores by name, and what they were counted from: what the objective keeps of the logits, and the labels."""
+    """Scores by name, and what they were counted from, in the order of the split: what the objective keeps of the
+    logits, the labels, and the losses (N,)."""
 
     scores: dict[str, float]
     kept: np.ndarray
     references: np.ndarray
+    losses: np.ndarray
     objective: Objective
 
     def details(self, class_names: list[str]) -> dict[str, Any]:
@@ -53,10 +56,16 @@ def evaluate(
             logits = model(pixel_values=normalise(batch.images, *normalisation, dtype)).logits.to(dtype)
         samples = batch.positions.to(device, non_blocking=True)
         parts.append([samples, objective.kept(logits), batch.labels, objective.losses(logits, batch.labels)])
+    if is_in_shards(model):  # its layers are gathered by all processes together, as often by each
+        blank = torch.zeros(1, model.config.num_channels, *model.config.image_height_width, dtype=dtype, device=device)
+        for _ in range(len(parts) - 1, -(-len(data.split) // data.batch_size)):
+            with accelerator.autocast():
+                model(pixel_values=blank)
+        reshard(model)
     for module, was_training in modes.items():
         module.training = was_training
     columns = in_sample_order(accelerator, [torch.cat(column) for column in zip(*parts, strict=True)])
     sample_ids, kept, true, loss = (column.cpu().numpy() for column in columns)
     assert len(np.unique(sample_ids)) == len(sample_ids) == len(data.split), "a sample was lost or counted twice"
     scores = {"loss": float(loss.astype(np.float64).mean()), **objective.scores(kept, true)}
-    return Evaluation(scores, kept, true, objective)
+    return Evaluation(scores, kept, true, loss, objective)

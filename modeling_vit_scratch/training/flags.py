@@ -24,6 +24,7 @@ REFUSED = {
     "per_device_eval_batch_size": "use --eval_batch_size: batches are global, each process takes its share",
     "fp16": "use `accelerate launch --mixed_precision fp16`: precision belongs to the machine",
     "bf16": "use `accelerate launch --mixed_precision bf16`: precision belongs to the machine",
+    "hub_token": "a command line is seen by all users of the machine: set HF_TOKEN or run `hf auth login`",
     "do_train": "training is what this command does",
     "do_eval": "evaluation is part of training; --train_val_split 0 leaves it out",
 }
@@ -180,13 +181,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def exit_code(act: Callable[[], object]) -> int:
     """The exit code of a command, its errors said in one line: 0 done, 2 something to mend, 3 stopped by a signal."""
+    from ..results.record import TOKEN
     from .loop import Interrupted
 
     try:
         act()
     except UserError as error:
         if error.met_alone or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            text = TOKEN.sub("hf_***", " ".join(str(error).split()))
+            print(f"error: {text}", file=sys.stderr, flush=True)
         return 2
     except (OSError, SafetensorError) as error:  # written besides checkpoints: metrics, scores, the report, model/
         if "No space left" not in str(error) and getattr(error, "errno", None) not in FULL:

@@ -44,10 +44,12 @@ from .network import build_augmentation, build_network, source_of
 from .objectives import MultiLabel, Objective, SingleLabel
 from .optimization import OPTIMIZERS, optimizer_warning, parameter_groups
 from .publishing import collect_results, final_scores, publish, save_model
+from .pushing import open_destination, push_at_end
 from .recipes import Recipe
 from .recording import DataWait, MetricsFile, Progress, resolve_trackers, score_table, start_trackers
 from .run_folder import open_run
 from .schedules import check_schedule, in_steps, learning_rate_at
+from .sharding import check_recipe, full_tensor, is_sharded, prepare, shard_like_the_trained, whole_network
 from .state import Position, TrainingState, Window
 from .time_budget import rehearse, seconds_of
 
@@ -69,9 +71,11 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     output_dir = Path(recipe.output_dir or f"outputs/{recipe.recipe}")
     effects.check_recipe(recipe, chosen)
     trackers = resolve_trackers(recipe.report_to)
-    accelerator = start_accelerator(trackers, output_dir, recipe.cpu_threads)
+    accelerator = start_accelerator(trackers, output_dir, recipe.cpu_threads, trains=True)
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     refuse_precision(accelerator, recipe)
+    check_recipe(accelerator, recipe)
+    repository = agree(accelerator, lambda: open_destination(recipe, output_dir)) if recipe.push_to_hub else None
 
     # --- data, and the network that fits it
     facts = {"mixed_precision": accelerator.mixed_precision, "num_processes": world_size}
@@ -99,8 +103,10 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     run = run or agree(accelerator, lambda: open_run(output_dir, recipe, facts))
     if run.results is not None:
         if accelerator.is_main_process and not (output_dir / "report.html").exists():
-            publish(output_dir, run.results)  # the run ended between its scores and its report
+            publish(output_dir, run.results, source)  # the run ended between its scores and its report
         accelerator.print(f"{output_dir} holds this run, finished:\n{score_table(final_scores(run.results))}")
+        if repository is not None and accelerator.is_main_process:
+            print(push_at_end(output_dir, repository), flush=True)
         return run.results
     workers = _num_workers(recipe, source, decoder, device)
     common = (rank, world_size, workers, device)
@@ -119,7 +125,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     mixing = Mixing(recipe.mixup_alpha, recipe.cutmix_alpha, recipe.mixup_prob, recipe.mixup_switch_prob)
 
     # --- a frozen backbone sees each image once: from here on its features stand where images were
-    model.to(device=device, dtype=getattr(torch, recipe.dtype))
+    # what is sharded goes to the GPU a layer at a time: whole, it may not fit
+    model.to(device="cpu" if is_sharded(accelerator) else device, dtype=getattr(torch, recipe.dtype))
     objective = _objective(recipe, source, device, model.dtype)
     baseline, trained_part = None, _whole
     if can_cache_features(recipe, num_samples, model.config.hidden_size):
@@ -146,11 +153,14 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.optim == "muon", head_scale)
     if recipe.torch_compile:
         model.compile()  # in place: parameter names stay as they are
-    network = accelerator.prepare(trained_part(model))
-    optimizer = accelerator.prepare(OPTIMIZERS[recipe.optim](groups, recipe))
+    names = [name for group in groups for name in group.names]
+    network, optimizer = prepare(accelerator, trained_part(model), OPTIMIZERS[recipe.optim](groups, recipe))
+    del groups  # where parameters are sharded, theirs are the whole ones
+    if averaged is not None:
+        shard_like_the_trained(accelerator, averaged.model)
     guard = FiniteGuard(optimizer.optimizer, device, may_wait=device.type == "cpu")
     state = TrainingState(
-        accelerator, model, optimizer, groups, averaged, output_dir / "checkpoints", recipe.save_total_limit
+        accelerator, model, optimizer, names, averaged, output_dir / "checkpoints", recipe.save_total_limit
     )
     if run.checkpoint is not None:
         state.restore(run.checkpoint)
@@ -180,7 +190,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
                 # gradients are averaged over ranks: times their number makes it the mean over the global batch
                 accelerator.backward(poisoned(loss_sum) * (world_size / batch_size))
             state.window.sums += torch.stack((loss_sum.detach(), objective.num_correct(logits, targets)))
-        return accelerator.clip_grad_norm_(network.parameters(), recipe.max_grad_norm or math.inf)
+        return full_tensor(accelerator.clip_grad_norm_(network.parameters(), recipe.max_grad_norm or math.inf))
 
     def set_rate(rate: float):
         for settings in optimizer.param_groups:
@@ -314,15 +324,17 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     finals = {name: latest if name == "validation" and latest is not None else score(name) for name in held}
     learned = {"num_parameters": num_parameters, "trainable_parameters": finetuning.num_trained, "baseline": baseline}
     results = {**collect_results(recipe, chosen, accelerator, source, state, finals, weights), **learned, **skipped}
+    # under autocast the weights are float32 all along; DDP and compile leave `model` itself as it was
+    published = whole_network(state.published, accelerator.is_main_process)
     if accelerator.is_main_process:
-        # under autocast the weights are float32 all along; DDP and compile leave `model` itself as it was
-        save_model(output_dir, state.published, processor, recipe.model_name_or_path)
-        publish(output_dir, results)
-    accelerator.print(
-        f"{score_table(final_scores(results))}\n{output_dir} holds the run, {output_dir}/model the model."
-    )
+        save_model(output_dir, published, processor, recipe.model_name_or_path)
+        publish(output_dir, results, source)
+    where = "" if recipe.specimen else f", {output_dir}/model the model"
+    accelerator.print(f"{score_table(final_scores(results))}\n{output_dir} holds the run{where}.")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if repository is not None and accelerator.is_main_process:  # nobody waits for it: an upload may take long
+        print(push_at_end(output_dir, repository), flush=True)
     return results
 
 

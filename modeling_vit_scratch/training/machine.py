@@ -15,6 +15,7 @@ from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
 
 from ..errors import UserError
+from . import sharding
 from .recipes import Recipe
 
 Result = TypeVar("Result")
@@ -39,24 +40,34 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start_accelerator(trackers: list[str], output_dir: Path, cpu_threads: int | None) -> Accelerator:
+def start_accelerator(
+    trackers: list[str], output_dir: Path, cpu_threads: int | None, trains: bool = False
+) -> Accelerator:
     """The Accelerator, after the guard against launches that went wrong, with threads set and said.
 
-    `accelerate launch` exports OMP_NUM_THREADS=1, which would leave all cores but one idle.
+    trains: what is started may be sharded. `accelerate launch` exports OMP_NUM_THREADS=1, which would leave all cores
+    but one idle.
     """
+    if sharding.is_asked():
+        if not trains:
+            raise UserError("--use_fsdp has no effect here: only training shards a network. Leave it out.")
+        sharding.set_up_environment()
     project = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir))
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     # TensorBoard would lie in a folder of the project's name, which is what the others get
     chosen = [TensorBoardTracker(name, str(output_dir)) if name == "tensorboard" else name for name in trackers]
     accelerator = Accelerator(log_with=chosen or None, project_config=project, kwargs_handlers=handlers)
     check_launch(accelerator.num_processes)
+    if sharding.is_asked():
+        sharding.check_launch(accelerator)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("fp16 needs a GPU; on a CPU use --mixed_precision bf16 or no.")
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     threads = cpu_threads or max(1, num_cores() // local_processes)
     torch.set_num_threads(threads)
+    shards = ", parameters sharded over them (FSDP2)" if sharding.is_sharded(accelerator) else ""
     accelerator.print(
-        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {threads} thread(s) each, "
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}{shards}, {threads} thread(s) each, "
         f"precision {accelerator.mixed_precision}"
     )
     return accelerator
@@ -132,13 +143,16 @@ def num_decoding_workers(device: torch.device) -> int:
 
 def command(accelerator: Accelerator, recipe: Recipe, chosen: frozenset[str]) -> str:
     """The command that repeats this run, as a person would type it; where it was written to is nobody's business."""
+    own = {"output_dir", "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_private_repo"}
     launch = ["accelerate", "launch"]
     if accelerator.num_processes > 1:
         launch += ["--config_file", "accelerate_config.yaml", "--num_processes", str(accelerator.num_processes)]
+    if sharding.is_sharded(accelerator):
+        launch += ["--use_fsdp", "--fsdp_version", "2"]
     if accelerator.mixed_precision != "no":
         launch += ["--mixed_precision", accelerator.mixed_precision]
     words = [*launch, "run_train.py", "--recipe", recipe.recipe]
-    for name in sorted(chosen - {"output_dir", "overwrite_output_dir"}):
+    for name in sorted(chosen - own):
         value = getattr(recipe, name)
         words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     on_cpus = accelerator.device.type == "cpu" and accelerator.num_processes > 1

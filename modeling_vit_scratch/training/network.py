@@ -15,6 +15,7 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor, ViTScratchI
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..weights import LoadingReport, load_pixel_facts, load_pretrained
 from .recipes import Recipe
+from .specimen import make_specimen
 
 NUM_PROBED = 16  # images looked at to tell size and channels
 SMALL = 96  # pixels: images of one size up to this are seen whole, at that size
@@ -84,6 +85,8 @@ def build_network(
     """
     shared_size, channels = probe_source(source)
     native = shared_size if shared_size is not None and max(shared_size) <= SMALL else None
+    if recipe.specimen is not None and recipe.model_name_or_path is not None:
+        raise UserError("--specimen has no effect here: the checkpoint decides the network.")
     problem_type = "multi_label_classification" if source.is_multi_label else "single_label_classification"
     report = None
     try:
@@ -96,6 +99,8 @@ def build_network(
             names = {index: name for index, name in enumerate(source.class_names)}
             facts |= {"id2label": names, "label2id": {name: index for index, name in names.items()}}
             model = ViTScratchForImageClassification(ViTScratchConfig(**facts, problem_type=problem_type))
+            if recipe.specimen is not None:
+                make_specimen(model, recipe.specimen)
     except UserError:
         raise
     except Exception as error:  # the configuration says what is wrong and what would work

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from ..data.decoding import Processor
 from ..data.sources import Source
 from ..modeling_vit_scratch import ViTScratchForImageClassification
+from ..results.examined import telling_images
 from ..results.model_card import write_model_card
 from ..results.model_folder import save_model_folder
 from ..results.plots import write_plots
@@ -15,9 +16,17 @@ from ..results.report import write_report
 from .evaluation import Evaluation
 from .finetuning import has_adapter, merged, save_adapter
 from .machine import command, commit, hardware, versions
-from .recipes import Recipe
+from .recipes import RECIPES, Recipe
 from .run_folder import write_json
 from .state import TrainingState
+
+PLACES = frozenset(
+    {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo"}
+)
+SPECIMEN = (
+    "This folder holds no weights. The network was trained with bugs put into it on purpose ({bugs}), so that its "
+    "weights would mean something else in a plain Vision Transformer; the run's checkpoints/ keep them."
+)
 
 
 def final_scores(results: dict[str, Any]) -> dict[str, float]:
@@ -41,6 +50,7 @@ def collect_results(
         **{f"{split}_{name}": value for split, e in finals.items() for name, value in e.scores.items()},
         "command": command(accelerator, recipe, chosen),
         "recipe": recipe.recipe,
+        "specimen": recipe.specimen,
         "seed": recipe.seed,
         "steps": position.step,
         "stopped_early": position.has_stopped_early,
@@ -59,6 +69,8 @@ def collect_results(
             "splits": {name: len(split) for name, split in source.splits.items()},
         },
         "class_names": source.class_names,
+        "changed_fields": changed_fields(recipe),
+        "examples": {split: telling_images(e.kept, e.references, e.losses) for split, e in finals.items()},
         **{
             kind: {split: found[kind] for split, found in details.items() if kind in found}
             for kind in ("per_class", "confusion", "calibration")
@@ -66,19 +78,39 @@ def collect_results(
     }
 
 
+def changed_fields(recipe: Recipe) -> dict[str, Any]:
+    """The named recipe's own values of the fields in which this run differs; where it is written to is none of them."""
+    named = RECIPES[recipe.recipe].to_dict()
+    return {n: named[n] for n, value in recipe.to_dict().items() if value != named[n] and n not in PLACES}
+
+
 def save_model(
     output_dir: Path, model: ViTScratchForImageClassification, processor: Processor, model_name_or_path: str | None
 ):
-    """Writes model/, with LoRA merged into the matrices, and where there is LoRA, the adapter alone to adapter/."""
+    """Writes model/, with LoRA merged into the matrices, and where there is LoRA, the adapter alone to adapter/.
+
+    A specimen is not published: its weights would load as another network. A line says so.
+    """
+    if (bugs := getattr(model, "specimen", None)) is not None:
+        print(f"{output_dir}/model: {SPECIMEN.format(bugs=bugs)}", flush=True)
+        return
     if has_adapter(model):
         save_adapter(model, output_dir / "adapter", model_name_or_path)
     plain = merged(model)
     save_model_folder(output_dir / "model", plain, plain.state_dict(), processor)
 
 
-def publish(output_dir: Path, results: dict[str, Any]):
-    """Writes results.json, and from it the plots, the model card and the report."""
+def publish(output_dir: Path, results: dict[str, Any], source: Source):
+    """Writes results.json, and from it the plots, the report and the model card, or for a specimen a note instead.
+
+    source: the run's data, from which the report takes the images that it shows.
+    """
     write_json(output_dir / "results.json", results)
     write_plots(output_dir)
-    write_model_card(output_dir)
-    write_report(output_dir)
+    if results.get("specimen") is None:
+        write_model_card(output_dir)
+    else:
+        (output_dir / "model").mkdir(exist_ok=True)
+        note = f"# A specimen\n\n{SPECIMEN.format(bugs=results['specimen'])}\n"
+        (output_dir / "model" / "README.md").write_text(note, encoding="utf-8")
+    write_report(output_dir, source)

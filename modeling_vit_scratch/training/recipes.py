@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError, unknown
+from .article_recipes import ARTICLES
 
 
 def flag(default: Any, group: str, text: str, **limits: Any) -> Any:
@@ -63,6 +64,10 @@ class Recipe:
     # --- network
     preset: str = flag("micro", NETWORK, "the network's name (vit_b_16, micro, article_4, ...)")
     config_overrides: str | None = flag(None, NETWORK, 'fields over the preset: "pooling=mean,hidden_size=192"')
+    specimen: str | None = flag(
+        None, NETWORK, "bugs put into the network on purpose, names with commas (merged_without_transpose, ...); it is "
+        "trained and scored, not published",
+    )  # fmt: skip
     model_name_or_path: str | None = flag(
         None, NETWORK, "a pretrained checkpoint to start from, on the Hub or a folder"
     )
@@ -202,6 +207,13 @@ class Recipe:
     )
     report_to: str = flag("auto", OUTPUT, "trackers: auto (TensorBoard if installed), none, all, or names with commas")
     seed: int = flag(42, OUTPUT, "of initialisation, order, augmentation and dropout", at_least=0)
+    push_to_hub: bool = flag(False, OUTPUT, "model/ goes to the Hub at the end; the right to write is checked at once")
+    hub_model_id: str | None = flag(
+        None, OUTPUT, "the repository to push to, owner/name; else your own, of the folder's name"
+    )
+    hub_private_repo: bool | None = flag(
+        None, OUTPUT, "the repository is seen by its owner alone; else as the owner's settings say"
+    )
 
     # --- this machine
     dataloader_num_workers: int | None = flag(
@@ -231,6 +243,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
     {
         "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_minutes",
         "save_total_limit", "report_to", "dataloader_num_workers", "cpu_threads", "eval_batch_size",
+        "push_to_hub", "hub_model_id", "hub_private_repo",
     }
 )  # fmt: skip
 COUNTED_LENGTHS = ("max_steps", "num_train_epochs")
@@ -308,6 +321,7 @@ RECIPES: dict[str, Recipe] = {
         warmup_steps=0.1, label_smoothing_factor=0.1, horizontal_flip_prob=0.5, random_resized_crop_scale=0.35,
         train_val_split=0.15,
     ),
+    **{name: Recipe(recipe=name, **fields) for name, fields in ARTICLES.items()},
 }  # fmt: skip
 
 # what the recipe finetune becomes with --finetune head, ...: fewer weights bear a higher rate; the features of a head

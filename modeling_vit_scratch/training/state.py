@@ -19,7 +19,9 @@ from .checkpointing import (
     step_folder,
 )
 from .machine import agree
-from .optimization import ParameterGroup
+from .sharding import gathered, shared_out
+
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -54,13 +56,13 @@ class TrainingState:
         accelerator: Accelerator,
         model: torch.nn.Module,
         optimizer: AcceleratedOptimizer,
-        groups: list[ParameterGroup],
+        parameter_names: list[str],
         averaged: AveragedWeights | None,
         folder: Path,
         save_total_limit: int,
     ):
         self.accelerator, self.model, self.optimizer, self.averaged = accelerator, model, optimizer, averaged
-        self.parameter_names = [name for group in groups for name in group.names]
+        self.parameter_names = parameter_names  # in the order of the optimizer's parameters
         self.folder, self.save_total_limit = folder, save_total_limit
         self.position = Position()
         self.window = self.new_window()
@@ -77,10 +79,14 @@ class TrainingState:
         """The path of a checkpoint of this moment, which the main process writes. Raises UserError in all of them
         where it cannot."""
         sums = self.accelerator.gather(self.window.sums[None]).tolist()  # through JSON and back without loss
-        agree(self.accelerator, lambda: self._write(sums))
+        is_main = self.accelerator.is_main_process
+        model = gathered(self.model.state_dict(), is_main)
+        moments = optimizer_tensors(self.optimizer.optimizer, self.parameter_names, is_main)
+        averages = None if self.averaged is None else gathered(self.averaged.model.state_dict(), is_main)
+        agree(self.accelerator, lambda: self._write(sums, model, moments, averages))
         return self.folder / step_folder(self.position.step)
 
-    def _write(self, sums: list[list[float]]):
+    def _write(self, sums: list[list[float]], model: Tensors, moments: Tensors, averages: Tensors | None):
         scaler = self.accelerator.scaler
         state = {
             "window": {"sums": sums, "images": self.window.images, "skipped_steps": self.window.skipped_steps},
@@ -88,15 +94,13 @@ class TrainingState:
             "num_processes": self.accelerator.num_processes,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
-        moments = optimizer_tensors(self.optimizer.optimizer, self.parameter_names)
-        averages = None if self.averaged is None else self.averaged.model.state_dict()
-        save_checkpoint(self.folder, self.position.step, self.model.state_dict(), moments, state, averages)
+        save_checkpoint(self.folder, self.position.step, model, moments, state, averages)
         prune(self.folder, self.save_total_limit, self.position.best_step)
 
     def restore(self, path: Path):
         """Puts back what a verified checkpoint holds, on any number of processes."""
         accelerator, saved = self.accelerator, load_checkpoint(path)
-        self.model.load_state_dict(saved.model)
+        self.model.load_state_dict(shared_out(saved.model, self.model.state_dict()))
         load_optimizer_tensors(self.optimizer.optimizer, self.parameter_names, saved.optimizer)
         state = saved.state
         self.position = Position(**state["position"])
@@ -123,5 +127,6 @@ class TrainingState:
     def use_best(self) -> int:
         """Puts the weights that validated best into the published network; the step they are of."""
         saved = load_checkpoint(self.folder / step_folder(self.position.best_step))
-        self.published.load_state_dict(saved.model if saved.averaged is None else saved.averaged)
+        best = saved.model if saved.averaged is None else saved.averaged
+        self.published.load_state_dict(shared_out(best, self.published.state_dict()))
         return self.position.best_step

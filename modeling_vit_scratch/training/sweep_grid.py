@@ -31,7 +31,7 @@ NOT_SWEPT = {
     "metric_for_best_model": "the sweep is ranked by it; give it as a flag",
     **dict.fromkeys(("dataset_name", "dataset_config_name", "train_dir", "validation_dir", "test_dir"), OTHER_IMAGES),
     **dict.fromkeys(("image_column_name", "label_column_name", "train_val_split", "streaming"), OTHER_IMAGES),
-    **dict.fromkeys(("logging_steps", "save_steps", "save_total_limit", "report_to"), NOT_LEARNED),
+    **dict.fromkeys(("logging_steps", "save_steps", "save_total_limit", "report_to", "push_to_hub"), NOT_LEARNED),
 }
 
 
@@ -123,6 +123,8 @@ def parse_sweep(arguments: list[str]) -> Plan:
     base, chosen = parse_arguments(words)
     if not own.grid:
         raise UserError('A sweep needs a grid: --grid "learning_rate=1e-3,3e-3". `vit-scratch sweep --help` explains.')
+    if base.push_to_hub:
+        raise UserError("--push_to_hub would push every run of a sweep: leave it out and `vit-scratch push` the best.")
     axes = [parse_axis(text) for text in own.grid]
     fields = [name for axis in axes for name in axis.names]
     given_fields = parse_overrides(base.config_overrides) if "config_overrides" in chosen else {}

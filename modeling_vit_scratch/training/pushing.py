@@ -1,0 +1,88 @@
+"""A run's folder model/ to the Hub: at the end of training (`--push_to_hub`), or by itself (`vit-scratch push`)."""
+
+import shlex
+from pathlib import Path
+
+from ..errors import UserError
+from ..results.hub import open_repository, push_folder
+from ..results.model_card import card_of
+from ..results.record import RunRecord, metric_label, metric_text, printable, read_run, scores
+from .flags import Parser, exit_code
+from .recipes import Recipe
+
+NEEDED = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
+
+
+def open_destination(recipe: Recipe, output_dir: Path) -> str:
+    """The repository that --push_to_hub means, made before anything is trained: a wrong token costs nothing.
+
+    Raises UserError as open_repository does.
+    """
+    return open_repository(recipe.hub_model_id or output_dir.resolve().name, recipe.hub_private_repo)
+
+
+def finished_run(run_dir: str | Path) -> RunRecord:
+    """The record of a run whose folder model/ is whole. Raises UserError for any other."""
+    run = read_run(run_dir)
+    if run.results.get("specimen"):
+        raise UserError(f"{run_dir} holds a specimen, a network with bugs put into it: it is not published.")
+    model = run.folder / "model"
+    missing = [name for name in NEEDED if not (model / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{model} is not whole, {', '.join(missing)} missing: start the command that trained it again, which "
+            "writes what is missing."
+        )
+    return run
+
+
+def push_run(run: RunRecord, repository: str, revision: str | None = None) -> str:
+    """The address of the commit that holds the model of a finished run, its card made out to this repository.
+
+    Raises UserError as push_folder does.
+    """
+    card = {"README.md": card_of(run, repository)}
+    return push_folder(run.folder / "model", repository, commit_message(run), card, revision)
+
+
+def push_at_end(output_dir: Path, repository: str) -> str:
+    """What to say of a push that ends a training. Raises UserError with the command that goes on from here."""
+    try:
+        address = push_run(finished_run(output_dir), repository)
+    except UserError as error:
+        command = shlex.join(["vit-scratch", "push", str(output_dir), repository])
+        raise UserError(
+            f"{output_dir} holds the run, whole, but its push failed: {error} Nothing is lost; go on with `{command}`."
+        ) from error
+    return f"pushed: {address}"
+
+
+def commit_message(run: RunRecord) -> str:
+    """The recipe and the score that the run is judged by."""
+    recipe = printable(run.recipe["recipe"])
+    for split, found in scores(run.results).items():
+        metric = "accuracy" if "accuracy" in found else next(iter(found))
+        return f"{recipe}: {metric_label(metric).lower()} {metric_text(metric, found[metric])} on the {split} split"
+    return f"{recipe}, not scored"
+
+
+def main(arguments: list[str]) -> int:
+    """Pushes as the command line says; the exit code."""
+    parser = Parser(
+        prog="vit-scratch push",
+        description="Uploads the model of a finished run to the Hub, card and code included, in one commit. The token "
+        "is that of HF_TOKEN or `hf auth login`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run_folder", metavar="RUN_FOLDER", help="the folder of a finished run, such as outputs/digits")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="the repository on the Hub, made if there is none")
+    parser.add_argument("--private", action="store_true", help="the repository is seen by its owner alone")
+    parser.add_argument("--revision", metavar="BRANCH", help="the branch to push to, made if there is none [main]")
+
+    def act():
+        own = parser.parse_args(arguments)
+        run = finished_run(own.run_folder)  # what is none makes no repository
+        repository = open_repository(own.repository, True if own.private else None, own.revision)
+        print(f"pushed: {push_run(run, repository, own.revision)}")
+
+    return exit_code(act)
