@@ -220,6 +220,33 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights  # (B, N, A, F)
 
 
+def product_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, None]:
+    """The same as two batched products, in the precision of its input; softmax sums in float32. No mask, no dropout.
+
+    query, key, value (B, A, N, F) -> output (B, N, A, F).
+    """
+    batch_size, num_heads, num_tokens, head_dim = query.shape
+    with torch.autocast(query.device.type, enabled=False):  # which would turn softmax to float32
+        query, key, value = (states.reshape(-1, num_tokens, head_dim) for states in (query, key, value))
+        scores = torch.baddbmm(query.new_zeros(1), query, key.transpose(1, 2), beta=0, alpha=scaling)  # (B*A, N, N)
+        output = torch.bmm(scores.softmax(dim=-1), value)  # (B*A, N, F)
+    return output.view(batch_size, num_heads, num_tokens, head_dim).transpose(1, 2), None
+
+
+def is_faster_as_products(query: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float) -> bool:
+    """Whether two products beat PyTorch's fused attention (B, A, N, F): see benchmarks/attention.py for the table."""
+    is_plain = attention_mask is None and dropout == 0.0
+    return is_plain and query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] <= 1025
+
+
 def rotate(states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Turns each pair (i, i + F/2) of the channels of (B, A, N, F) by its token's angle; tables: rope2d_tables."""
     cos, sin = (table.to(states.dtype) for table in tables)
@@ -254,24 +281,23 @@ class ViTScratchAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch_size, num_tokens, _ = hidden_states.shape
+        device = hidden_states.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            # one cast, where the three products would each have their own
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         heads = (batch_size, num_tokens, -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, A, N, F)
         key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, A, N, F)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # (B, A, N, F)
         if rotary_tables is not None:
             query, key = rotate(query, rotary_tables), rotate(key, rotary_tables)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        implementation = self.config._attn_implementation
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if implementation == "sdpa" and is_faster_as_products(query, attention_mask, dropout):
+            attention = product_attention_forward
         output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return self.o_proj(output.reshape(batch_size, num_tokens, -1)), weights
 

@@ -6,7 +6,14 @@ import torch
 from small_vit import build, images
 from torch import nn
 
-from modeling_vit_scratch import PRESETS, ViTScratchConfig, ViTScratchForImageClassification, ViTScratchModel
+from modeling_vit_scratch import (
+    PRESETS,
+    ViTScratchConfig,
+    ViTScratchForImageClassification,
+    ViTScratchModel,
+    modeling_vit_scratch,
+)
+from modeling_vit_scratch.modeling_vit_scratch import product_attention_forward
 
 # A different prime for every axis, so that two that are mixed up do not fit: patches overlap, nothing is square.
 B, C, (H, W), (PH, PW), (SH, SW) = 3, 2, (23, 57), (5, 7), (3, 5)
@@ -273,6 +280,47 @@ def test_eager_and_sdpa_attention_agree(fields):
         model.set_attn_implementation(implementation)
         logits[implementation] = model(images()).logits
     torch.testing.assert_close(logits["eager"], logits["sdpa"], rtol=1e-5, atol=1e-5)  # two orders of the same sums
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
+def test_attention_as_two_products_is_pytorchs_with_its_gradients(dtype, tolerance):
+    torch.manual_seed(0)
+    heads = [torch.randn(2, 3, 17, 8, dtype=torch.float64) for _ in range(3)]
+    results = []
+    for attend, states in (
+        (lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2), heads),
+        (lambda q, k, v: product_attention_forward(None, q, k, v, None, 0.3)[0], [h.to(dtype) for h in heads]),
+    ):
+        states = [part.detach().requires_grad_() for part in states]
+        output = attend(*states)
+        output.backward(torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype))
+        results.append([output, *(part.grad for part in states)])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance * expected.abs().max().item())
+
+
+def test_sdpa_takes_two_products_in_half_precision_on_a_cpu_and_nowhere_else(monkeypatch):
+    taken = []
+
+    def spy(*arguments, **options):
+        taken.append(arguments[1].dtype)
+        return product_attention_forward(*arguments, **options)
+
+    monkeypatch.setattr(modeling_vit_scratch, "product_attention_forward", spy)
+    model = build(num_hidden_layers=1).train()
+    model(images())
+    with torch.autocast("cpu", torch.bfloat16):
+        model.set_attn_implementation("eager")
+        by_eager = model(images()).logits
+        assert not taken
+        model.set_attn_implementation("sdpa")
+        by_products = model(images()).logits
+        assert taken == [torch.bfloat16]
+        model(images(), attention_mask=(torch.arange(model.config.num_patches + 1) > 3).expand(len(images()), -1))
+        model.vit.layers[0].attention.attention_dropout = 0.5
+        model(images())
+    assert len(taken) == 1
+    torch.testing.assert_close(by_products.float(), by_eager.float(), rtol=2e-2, atol=2e-2)
 
 
 def test_sdpa_is_the_default_and_flash_attention_is_declared():
