@@ -1,5 +1,6 @@
 """Parameter groups against names listed by hand and timm's, optimizers against torch's own."""
 
+import numpy as np
 import pytest
 import timm
 import timm.optim
@@ -10,6 +11,7 @@ from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassificat
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.training.checkpointing import load_optimizer_tensors, optimizer_tensors
 from modeling_vit_scratch.training.finetuning import prepare_finetuning
+from modeling_vit_scratch.training.muon import orthogonalised
 from modeling_vit_scratch.training.optimization import (
     OPTIMIZERS,
     optimizer_warning,
@@ -311,7 +313,7 @@ def test_a_cleared_state_is_that_of_a_new_optimizer(name):
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.7])
 @pytest.mark.parametrize("momentum", [None, 0.8])
-def test_muon_equals_torchs_muon_and_adamw_on_their_shares_bit_for_bit(layer_decay, momentum):
+def test_muon_equals_torchs_muon_and_adamw_on_their_shares(layer_decay, momentum):
     recipe = RECIPE.replace(layer_decay=layer_decay, momentum=momentum)
     mine, theirs = tiny_model(num_hidden_layers=2), tiny_model(num_hidden_layers=2)
     take_steps(mine, OPTIMIZERS["muon"](groups_of(mine, "muon", recipe), recipe), range(5))
@@ -337,7 +339,23 @@ def test_muon_equals_torchs_muon_and_adamw_on_their_shares_bit_for_bit(layer_dec
                 settings["lr"] = 1e-2 / (step + 1) * settings["rate_scale"]
             optimizer.step()
         theirs.zero_grad()
-    assert_same_weights(mine, theirs)
+    start = dict(tiny_model(num_hidden_layers=2).named_parameters())
+    for (name, found), expected in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        moved = (expected - start[name]).norm()
+        # batched products round bfloat16 otherwise, at 2 ** -9 of a number and more where it is a difference of others
+        assert (found - expected).norm() <= 0.03 * moved, name
+
+
+@pytest.mark.parametrize("rows, columns", [(24, 24), (40, 16), (16, 40)])
+def test_muons_update_is_nearly_the_orthogonal_factor_of_each_matrix(rows, columns):
+    matrices = torch.randn(5, rows, columns, generator=torch.Generator().manual_seed(0))
+    left, _, right = np.linalg.svd(matrices.numpy(), full_matrices=False)
+    found = orthogonalised(matrices).double().numpy()
+    values = np.linalg.svd(found, compute_uv=False)
+    assert found.shape == matrices.shape and values.max() < 1.3
+    assert rows == columns or values.min() > 0.6  # a square one has singular values near zero, which stay smaller
+    cosines = (found * (left @ right)).sum((1, 2)) / np.linalg.norm(found, axis=(1, 2)) / min(rows, columns) ** 0.5
+    assert cosines.min() > 0.95
 
 
 def test_muon_saves_one_momentum_a_hidden_matrix_and_adamws_moments_of_the_rest():

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
+from .muon import Muon
 from .recipes import Recipe
 from .schedules import num_warmup_steps
 
@@ -96,7 +97,7 @@ def parameter_table(groups: list[ParameterGroup], learning_rate: float) -> str:
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon on the groups that are hidden matrices and torch.optim.AdamW on the rest, as one optimizer.
+    """Muon on the groups that are hidden matrices and torch.optim.AdamW on the rest, as one optimizer.
 
     Its groups stand in the order given and its state is that of both, so that it is saved, loaded, scaled and cleared
     like any other; a step lends groups and state to the two.
@@ -105,7 +106,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(self, settings: list[dict[str, Any]], muon: dict[str, Any], adamw: dict[str, Any]):
         hidden = [group for group in settings if group["is_hidden_matrix"]]
         others = [group for group in settings if not group["is_hidden_matrix"]]
-        self.parts: dict[bool, torch.optim.Optimizer] = {True: torch.optim.Muon(hidden, **muon)}
+        self.parts: dict[bool, torch.optim.Optimizer] = {True: Muon(hidden, **muon)}
         if others:
             self.parts[False] = torch.optim.AdamW(others, **adamw)
         complete = {kind: iter(part.param_groups) for kind, part in self.parts.items()}
@@ -172,7 +173,7 @@ def build_muon(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Opti
     momentum = 0.95 if recipe.momentum is None else recipe.momentum
     return MuonWithAdamW(
         settings,
-        muon={"lr": recipe.learning_rate, "momentum": momentum, "adjust_lr_fn": "match_rms_adamw"},
+        muon={"lr": recipe.learning_rate, "momentum": momentum},
         adamw={"lr": recipe.learning_rate, **_adam_options(recipe)},
     )
 

@@ -293,9 +293,11 @@ RECIPES: dict[str, Recipe] = {
         label_smoothing_factor=0.05, rotation_degrees=10, translate_pixels=2.0, scale_range=0.1,
         image_mean=(0.1307,), image_std=(0.3081,), train_val_split=0.05,
     ),
-    # accelerate launch run_train.py --recipe cifar10
+    # accelerate launch --mixed_precision bf16 run_train.py --recipe cifar10 --time_budget 10m
     "cifar10": Recipe(
-        recipe="cifar10", dataset_name="cifar10", preset="micro", num_train_epochs=10, learning_rate=1e-3,
+        recipe="cifar10", dataset_name="cifar10", preset="micro", config_overrides="zero_init_residual=true",
+        num_train_epochs=10, optim="muon", learning_rate=3e-3, weight_decay=0.01,
+        lr_scheduler_type="warmup_stable_decay", lr_decay_steps=0.7,
         label_smoothing_factor=0.1, horizontal_flip_prob=0.5, crop_padding=4,
         image_mean=(0.4914, 0.4822, 0.4465), image_std=(0.2470, 0.2435, 0.2616), train_val_split=0.1,
     ),

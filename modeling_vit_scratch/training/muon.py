@@ -1,0 +1,61 @@
+"""Muon: momentum whose matrices are made orthogonal. One batched iteration for all matrices of a shape."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: steep at zero, so that five iterations suffice
+NUM_ITERATIONS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) with Nesterov momentum, decoupled decay and AdamW's scale of updates.
+
+    The step is torch.optim.Muon's with adjust_lr_fn="match_rms_adamw". Its loop over matrices takes a fifth of a small
+    network's step on a CPU; batched products take the same iterations of all matrices of one shape at once.
+    """
+
+    def __init__(self, params, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        result = None if closure is None else torch.enable_grad()(closure)()
+        by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, dict[str, Any]]]] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(tuple(parameter.shape), []).append((parameter, group))
+        for shape, members in by_shape.items():
+            updates = orthogonalised(torch.stack([self._momentum(*member) for member in members]))
+            scale = 0.2 * math.sqrt(max(shape))  # 2502.16982, section 2.2
+            for (parameter, group), update in zip(members, updates, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"] * scale)
+        return result
+
+    def _momentum(self, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        state, gradient = self.state[parameter], parameter.grad
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        average = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        return gradient.lerp(average, group["momentum"])
+
+
+def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
+    """About U V^T of each matrix U S V^T: singular values between 0.7 and 1.2. (K, rows, columns) -> same, bfloat16.
+
+    Newton-Schulz iterations in bfloat16, on the side of fewer rows.
+    """
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    factors = matrices.bfloat16()
+    factors = factors.transpose(1, 2) if is_tall else factors
+    factors = factors / factors.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = COEFFICIENTS
+    for _ in range(NUM_ITERATIONS):
+        gram = factors @ factors.transpose(1, 2)
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factors = torch.baddbmm(factors, gram, factors, beta=a)
+    return factors.transpose(1, 2) if is_tall else factors
