@@ -3,13 +3,14 @@
 python benchmarks/results_table.py            prints it
 python benchmarks/results_table.py --write    puts it between the README's markers
 
-python benchmarks/results_table.py --record outputs/mnist   keeps that run's results.json as mnist-seed42.json
+python benchmarks/results_table.py --record outputs/mnist              keeps its results.json as mnist-seed42.json
+python benchmarks/results_table.py --record outputs/c10 --name cifar10-10m    and this one's as cifar10-10m-seed42.json
 """
 
+import argparse
 import json
 import re
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def spread(values: list[float], digits: int) -> str:
 
 def table(groups: dict[str, list[dict[str, Any]]]) -> str:
     rows = [
-        "| recipe | parameters | test accuracy, % | seeds | seconds of training | images/s | machine |",
-        "|---|---|---|---|---|---|---|",
+        "| recipe | parameters | test accuracy, % | seeds | PFLOP | seconds of training | images/s | machine |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for command, runs in groups.items():
         first = runs[0]
@@ -49,6 +50,7 @@ def table(groups: dict[str, list[dict[str, Any]]]) -> str:
             f"{first['num_parameters']:,}",
             spread([100 * run["test_accuracy"] for run in runs], 2),
             ", ".join(str(run["seed"]) for run in runs),
+            "" if None in (pflop := [run.get("train_pflop") for run in runs]) else f"{statistics.mean(pflop):.2g}",
             spread([run["train_seconds"] for run in runs], 0),
             f"{statistics.mean(run['images_per_second'] for run in runs):,.0f}",
             f"{hardware['gpu'] or str(hardware['cores']) + ' CPU cores'}{precision}",
@@ -62,14 +64,27 @@ def with_scores(readme: str) -> str:
     return with_table(readme, "scores", "results_table.py", table(read_runs()))
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--record"]:
-        for folder in sys.argv[2:]:
-            run = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-            RUNS.mkdir(parents=True, exist_ok=True)
-            (RUNS / f"{run['recipe']}-seed{run['seed']}.json").write_text(json.dumps(run, indent=1) + "\n")
-    elif "--write" in sys.argv[1:]:
+def record(folder: Path, name: str | None):
+    """Keeps a finished run's results.json under the name, else its recipe's, and its seed."""
+    run = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    RUNS.mkdir(parents=True, exist_ok=True)
+    (RUNS / f"{name or run['recipe']}-seed{run['seed']}.json").write_text(json.dumps(run, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the table between the README's markers")
+    parser.add_argument("--record", nargs="+", type=Path, metavar="RUN", help="folders of finished runs to keep")
+    parser.add_argument("--name", help="of what is kept, where a recipe has runs of several lengths")
+    arguments = parser.parse_args()
+    for folder in arguments.record or ():
+        record(folder, arguments.name)
+    if arguments.write:
         path = ROOT / "README.md"
         path.write_text(with_scores(path.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
+    elif not arguments.record:
         print(table(read_runs()))
+
+
+if __name__ == "__main__":
+    main()

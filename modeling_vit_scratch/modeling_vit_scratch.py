@@ -131,8 +131,9 @@ def interpolate_position_embeddings(
         )
     prefix, patches = position_embeddings[:, :num_prefix], position_embeddings[:, num_prefix:]
     patches = patches.unflatten(1, old_grid).permute(0, 3, 1, 2)  # (1, D, Gh, Gw)
-    resampled = nn.functional.interpolate(patches.float(), new_grid, mode="bicubic", antialias=antialias)
-    resampled = resampled.flatten(2).transpose(1, 2).to(patches.dtype)  # (1, Gh*Gw, D)
+    patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+    resampled = nn.functional.interpolate(patches, new_grid, mode="bicubic", antialias=antialias)
+    resampled = resampled.flatten(2).transpose(1, 2).to(prefix.dtype)  # (1, Gh*Gw, D)
     return torch.cat((prefix, resampled), dim=1)
 
 

@@ -44,12 +44,9 @@ def summarise(config: ViTScratchConfig) -> list[Row]:
     The modules of the layers, which are all alike, share a row: `layers.*`. The rows' parameters and FLOPs add up to
     the network's. Runs on the meta device: neither weights nor pixels have values.
     """
-    with torch.device("meta"):
-        model = ViTScratchForImageClassification(copy.deepcopy(config)).eval()
-        pixel_values = torch.empty(1, config.num_channels, *config.image_height_width)
-    model.set_attn_implementation("eager")  # torch 2.14 counts its products, but not every fused kernel of them
-    with torch.no_grad(), _shapes(model) as shapes, FlopCounterMode(display=False) as counter:
-        model(pixel_values)
+    model = _without_values(config)
+    with _shapes(model) as shapes:
+        counter = _counted(model, config.image_height_width)
     flops = {name.partition(".")[2]: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     rows: dict[str, Row] = {}
     for name, (shape_in, shape_out) in shapes.items():
@@ -66,6 +63,29 @@ def summarise(config: ViTScratchConfig) -> list[Row]:
             before.flops + own_flops,
         )  # fmt: skip
     return list(rows.values())
+
+
+def training_flops(config: ViTScratchConfig, image_size: tuple[int, int] | None = None) -> int:
+    """FLOP of one image (height, width), else of the configuration's size, in training all of the network.
+
+    A forward and a backward of twice its operations: the gradients of a product are two products of its size.
+    """
+    return 3 * _counted(_without_values(config), image_size or config.image_height_width).get_total_flops()
+
+
+def _without_values(config: ViTScratchConfig) -> ViTScratchForImageClassification:
+    with torch.device("meta"):
+        model = ViTScratchForImageClassification(copy.deepcopy(config)).eval()
+    model.set_attn_implementation("eager")  # torch 2.14 counts its products, but not every fused kernel of them
+    return model
+
+
+def _counted(model: ViTScratchForImageClassification, image_size: tuple[int, int]) -> FlopCounterMode:
+    """The counter after one image went through the network."""
+    pixel_values = torch.empty(1, model.config.num_channels, *image_size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(pixel_values, interpolate_pos_encoding=True)
+    return counter
 
 
 @contextmanager

@@ -83,6 +83,7 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
         lambda r: r.mixup_alpha == 0 or r.cutmix_alpha == 0,
         "it goes with --mixup_alpha and --cutmix_alpha together",
     ),
+    "full_size_step": (lambda r: r.initial_image_size is None, "it goes with --initial_image_size"),
 }
 
 # the same, for what only the data tells

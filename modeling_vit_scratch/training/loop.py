@@ -8,6 +8,7 @@ batch, so that 1 and 8 processes take the same steps.
 import math
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from .publishing import collect_results, final_scores, publish, save_model
 from .pushing import open_destination, push_at_end
 from .recipes import Recipe
 from .recording import DataWait, MetricsFile, Progress, resolve_trackers, score_table, start_trackers
+from .resolution import resolution_of
 from .run_folder import open_run
 from .schedules import check_schedule, in_steps, learning_rate_at
 from .sharding import check_recipe, full_tensor, is_sharded, prepare, shard_like_the_trained, whole_network
@@ -98,6 +100,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         lanes = 2 * world_size
         raise UserError(f"{world_size} processes share {recipe.stream_lanes} lanes: set --stream_lanes {lanes}.")
     effects.check_source(recipe, chosen, source, decoder)
+    resolution = resolution_of(recipe, model.config, num_samples)
 
     # --- the folder: a new run, one to go on with, or a finished one
     run = run or agree(accelerator, lambda: open_run(output_dir, recipe, facts))
@@ -172,20 +175,23 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     # one process with two parts sums the gradients of the same images as two processes with one part each
     num_parts = -(-recipe.gradient_accumulation_steps // world_size)
 
-    def backward(step: int, batch: Batch, is_mixed: bool) -> torch.Tensor:
+    def backward(step: int, batch: Batch, is_mixed: bool, is_small: bool) -> torch.Tensor:
         """The norm of the global batch's gradient, which then lies, clipped, in the parameters."""
         torch.manual_seed(derived_seed(recipe.seed, "dropout", step, rank))
         batch = batch.to(device)
         draws = Draws(recipe.seed, step, batch_size, batch.positions, world_size, data.is_interleaved(step))
         images = normalise(augment(batch.images, draws), *pixels, model.dtype)
         images, targets = augment.erase(images, draws), batch.labels
+        options = {}
+        if is_small:
+            images, options = resolution.shrink(images), {"interpolate_pos_encoding": True}
         if is_mixed:
             images, targets = mixing(images, targets, draws, num_labels, lambda *own: gather_batch(accelerator, *own))
         parts = [(images[index::num_parts], targets[index::num_parts]) for index in range(num_parts)]
         parts = [part for part in parts if len(part[0])]
         for index, (part, targets) in enumerate(parts):
             with accelerator.no_sync(network) if index + 1 < len(parts) else nullcontext():
-                logits = network(pixel_values=part).logits.to(model.dtype)
+                logits = network(pixel_values=part, **options).logits.to(model.dtype)
                 loss_sum = objective.loss_sum(logits, targets)
                 # gradients are averaged over ranks: times their number makes it the mean over the global batch
                 accelerator.backward(poisoned(loss_sum) * (world_size / batch_size))
@@ -210,36 +216,38 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             position.total_steps = math.ceil(recipe.num_train_epochs * num_samples / batch_size)
         if recipe.time_budget is not None:
 
-            def rehearse_steps(count: int):
+            def rehearse_steps(count: int, is_small: bool = False):
                 set_rate(0.0)  # the weights stay as they are, bit for bit
                 for step, batch in enumerate(data.batches(0, count)):
-                    backward(step, batch, mixing.is_on)
+                    backward(step, batch, mixing.is_on, is_small)
                     optimizer.step()
                     optimizer.zero_grad()
 
             set_train_mode(network)
             budget = seconds_of(recipe.time_budget)
-            rehearsal = rehearse(accelerator, rehearse_steps, {name: lambda n=name: score(n) for name in held}, budget)
+            initial = partial(rehearse_steps, is_small=True) if resolution.is_progressive else None
+            scorings = {name: partial(score, name) for name in held}
+            rehearsal = rehearse(accelerator, rehearse_steps, scorings, budget, initial)
             optimizer.optimizer.state.clear()
             state.window = state.new_window()
             left = budget - (time.time() - began)
-            position.total_steps = agree(
-                accelerator, lambda: rehearsal.steps_within(left, lambda n: -(-n // evaluation_interval(n)))
-            )
-            accelerator.print(
-                f"{position.total_steps:,} steps of {rehearsal.step_seconds:.3f} s fit into {recipe.time_budget}"
-            )
+            counts = (lambda n: -(-n // evaluation_interval(n)), resolution.num_initial_steps)
+            position.total_steps = agree(accelerator, lambda: rehearsal.steps_within(left, *counts))
+            accelerator.print(f"{position.total_steps:,} steps of {rehearsal.each_step} fit into {recipe.time_budget}")
     total_steps = position.total_steps
     if position.step > total_steps:
         raise UserError(f"{output_dir} is at step {position.step} already: {total_steps} steps are fewer.")
     (output_dir / "results.json").unlink(missing_ok=True)  # of a run that is made longer
     check_schedule(recipe, total_steps)
+    resolution.check_length(total_steps)
     check_decay(recipe.ema_decay, total_steps)
     mixing_ends = total_steps if recipe.mixup_off_step is None else in_steps(recipe.mixup_off_step, total_steps)
+    full_size_begins = resolution.num_initial_steps(total_steps)
     if recipe.time_budget is not None and position.step == 0:
         state.save()  # the number of steps is never measured again
-    starts_from = [] if loading_report is None else [str(loading_report), str(finetuning)]
-    _announce(accelerator, source, num_parameters, starts_from, total_steps, batch_size, data, workers)
+    lines = [] if loading_report is None else [str(loading_report), str(finetuning)]
+    lines += resolution.stages(total_steps)
+    _announce(accelerator, source, num_parameters, lines, total_steps, batch_size, data, workers)
     if warning := optimizer_warning(recipe, total_steps):
         accelerator.print(warning)
 
@@ -260,7 +268,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
 
             rate = learning_rate_at(step, total_steps, recipe)
             set_rate(rate)
-            grad_norm = backward(step, batch, mixing.is_on and step < mixing_ends)
+            grad_norm = backward(step, batch, mixing.is_on and step < mixing_ends, step < full_size_begins)
             if accelerator.scaler is None and not guard.watch(grad_norm, step):
                 guard.check(rate, _last_checkpoint(state))
             scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else None
@@ -293,6 +301,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
                 latest = score("validation")
                 _record_evaluation(latest, position, recipe, metrics, accelerator, progress)
                 patience = recipe.early_stopping_patience
+                if position.step <= full_size_begins:  # a network of smaller images may stand still at full size
+                    position.evaluations_since_best = 0
                 position.has_stopped_early = patience is not None and position.evaluations_since_best >= patience
             last |= position.has_stopped_early
             is_best = recipe.load_best_model_at_end and position.best_step == position.step
@@ -323,6 +333,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         weights = f"best at step {state.use_best()}" + ("" if averaged is None else ", averaged")
     finals = {name: latest if name == "validation" and latest is not None else score(name) for name in held}
     learned = {"num_parameters": num_parameters, "trainable_parameters": finetuning.num_trained, "baseline": baseline}
+    if finetuning.num_trained == num_parameters:
+        learned["train_pflop"] = resolution.pflop(model.config, position.step, total_steps, batch_size)
     results = {**collect_results(recipe, chosen, accelerator, source, state, finals, weights), **learned, **skipped}
     # under autocast the weights are float32 all along; DDP and compile leave `model` itself as it was
     published = whole_network(state.published, accelerator.is_main_process)
@@ -372,7 +384,7 @@ def _num_workers(recipe: Recipe, source: Source, decoder: Decoder, device: torch
     return num_decoding_workers(device)
 
 
-def _announce(accelerator, source: Source, num_parameters, starts_from, total_steps, batch_size, data, workers):
+def _announce(accelerator, source: Source, num_parameters, lines, total_steps, batch_size, data, workers):
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in source.splits.items())
     how = "streamed" if source.streaming else "resident" if data.resident is not None else "read at random"
     decoding = "" if data.resident is not None else f", {workers} decoding worker(s)"
@@ -380,7 +392,7 @@ def _announce(accelerator, source: Source, num_parameters, starts_from, total_st
     accelerator.print(f"{source.name}: {sizes} images of {len(source.class_names)} classes{several}, {how}{decoding}")
     for note in source.notes:
         accelerator.print(f"note: {note}")
-    for line in starts_from:
+    for line in lines:
         accelerator.print(line)
     epochs = total_steps * batch_size / len(source.splits["train"])
     accelerator.print(

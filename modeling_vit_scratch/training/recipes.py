@@ -183,6 +183,13 @@ class Recipe:
     mixup_off_step: float | None = flag(
         None, AUGMENTATION, "from this step on nothing is mixed; under 1: a share of all steps", above=0
     )
+    initial_image_size: int | None = flag(
+        None, AUGMENTATION, "side in pixels of the images of the first steps; a multiple of the patch", at_least=1
+    )
+    full_size_step: float | None = flag(
+        None, AUGMENTATION, "from this step on images have their full size; under 1: a share of all steps; else 0.6",
+        above=0,
+    )  # fmt: skip
 
     # --- evaluation, logging and saving
     output_dir: str | None = flag(None, OUTPUT, "folder of this run; else outputs/<recipe>")
@@ -247,11 +254,14 @@ MAY_CHANGE_ON_RESUME = frozenset(
     }
 )  # fmt: skip
 COUNTED_LENGTHS = ("max_steps", "num_train_epochs")
+FULL_SIZE_STEP = 0.6  # where --initial_image_size is given and --full_size_step is not
 
 
 def may_change_on_resume(recipe: Recipe) -> frozenset[str]:
     """The fields in which a resumed run may differ: its length too, where no step depends on how many there are."""
-    shares = (recipe.warmup_steps, recipe.mixup_off_step)  # under 1 they are shares of all steps
+    shares = [recipe.warmup_steps, recipe.mixup_off_step]  # under 1 they are shares of all steps
+    if recipe.initial_image_size is not None:
+        shares.append(FULL_SIZE_STEP if recipe.full_size_step is None else recipe.full_size_step)
     is_open_ended = recipe.lr_scheduler_type == "constant" and not any(0 < (share or 0) < 1 for share in shares)
     return MAY_CHANGE_ON_RESUME | frozenset(COUNTED_LENGTHS if is_open_ended and recipe.time_budget is None else ())
 

@@ -50,22 +50,40 @@ def command_began() -> float:
 
 @dataclass
 class Rehearsal:
-    """What a run costs, measured before it: seconds a step, and seconds to evaluate each held-out split."""
+    """What a run costs, measured before it: seconds a step, and seconds to evaluate each held-out split.
+
+    initial_step_seconds: of a step on the smaller images of the first steps, where there are such.
+    """
 
     step_seconds: float
     evaluation_seconds: dict[str, float]
+    initial_step_seconds: float | None = None
 
-    def steps_within(self, seconds: float, evaluations_in: Callable[[int], int]) -> int:
+    @property
+    def each_step(self) -> str:
+        first = "" if self.initial_step_seconds is None else f"{self.initial_step_seconds:.3f} s and then "
+        return f"{first}{self.step_seconds:.3f} s"
+
+    def steps_within(
+        self,
+        seconds: float,
+        evaluations_in: Callable[[int], int],
+        initial_steps_in: Callable[[int], int] = lambda num_steps: 0,
+    ) -> int:
         """The most steps that end, with their evaluations and the final ones, within `seconds`; at least one.
 
-        evaluations_in: how many evaluations of the validation split a run of so many steps makes.
+        evaluations_in, initial_steps_in: how many evaluations of the validation split a run of so many steps makes, and
+        how many of the steps are on smaller images.
         """
         final = sum(self.evaluation_seconds.values()) + SECONDS_FOR_PUBLISHING
         each = self.evaluation_seconds.get("validation", 0.0)
-        low, high = 1, max(1, int(seconds / self.step_seconds))
+        initial_seconds = self.step_seconds if self.initial_step_seconds is None else self.initial_step_seconds
+        low, high = 1, max(1, int(seconds / min(initial_seconds, self.step_seconds)))
         while low < high:
             middle = (low + high + 1) // 2
-            cost = middle * self.step_seconds + evaluations_in(middle) * each + final
+            initial = initial_steps_in(middle)
+            cost = initial * initial_seconds + (middle - initial) * self.step_seconds
+            cost += evaluations_in(middle) * each + final
             low, high = (middle, high) if cost <= seconds else (low, middle - 1)
         return low
 
@@ -75,20 +93,29 @@ def rehearse(
     take_steps: Callable[[int], None],
     evaluate: dict[str, Callable[[], object]],
     seconds: float,
+    take_initial_steps: Callable[[int], None] | None = None,
 ) -> Rehearsal:
     """Measures steps, at least NUM_MEASURED_STEPS and a fiftieth of the budget, and one evaluation of each split.
 
-    take_steps(n) takes n steps that leave no trace in the weights. All processes measure together; the main one's
-    clock counts.
+    take_steps(n) takes n steps that leave no trace in the weights, and take_initial_steps(n) n of those that a run
+    begins with, where they are others: they are measured for as long, and first, as in the run. All processes measure
+    together; the main one's clock counts.
     """
+    wanted = min(seconds / 50, 10.0)
+    initial = None if take_initial_steps is None else _seconds_a_step(accelerator, take_initial_steps, wanted)
+    each = _seconds_a_step(accelerator, take_steps, wanted)
+    evaluations = {name: _timed(call) for name, call in evaluate.items()}
+    return agree(accelerator, lambda: Rehearsal(each, evaluations, initial))
+
+
+def _seconds_a_step(accelerator: Accelerator, take_steps: Callable[[int], None], wanted: float) -> float:
+    """Seconds of a step, a mean over at least NUM_MEASURED_STEPS and `wanted` seconds."""
     take_steps(NUM_WARM_STEPS)
     elapsed = _timed(lambda: take_steps(NUM_MEASURED_STEPS))
-    wanted = min(seconds / 50, 10.0)
     more = agree(accelerator, lambda: max(0, math.ceil((wanted - elapsed) / elapsed * NUM_MEASURED_STEPS)))
     if more:
         elapsed += _timed(lambda: take_steps(more))
-    evaluations = {name: _timed(call) for name, call in evaluate.items()}
-    return agree(accelerator, lambda: Rehearsal(elapsed / (NUM_MEASURED_STEPS + more), evaluations))
+    return elapsed / (NUM_MEASURED_STEPS + more)
 
 
 def _timed(call: Callable[[], object]) -> float:
