@@ -4,15 +4,19 @@ python benchmarks/input.py                                    generated 1,000-pi
 python benchmarks/input.py --cifar10 datasets/cifar10 --flowers datasets/flowers/train \
     --imagenet datasets/imagenet-1k-sample --output benchmarks/results/input-cpu.json
 
-One process, one thread, no workers: what a core does. All candidates of a set take turns; each number is the median of
-the rounds. Photographs end at 224 pixels in batches of 32, by a random resized crop from a quarter of the area up
-(transformers' processors have none: they resize the whole image), CIFAR-10 at 32 pixels in batches of 128. "decode
-alone" is PIL to RGB at full size, with nothing after it; it does not batch.
+One process, one thread, no workers: what a core does, in seconds of processor time. All candidates of a set take turns;
+each number is the median of the rounds. Photographs end at 224 pixels in batches of 32, by a random resized crop from a
+quarter of the area up (transformers' processors have none: they resize the whole image), CIFAR-10 at 32 pixels in
+batches of 128. "without simplejpeg" is ours where that is not installed; "without shrinking" is ours where a JPEG's
+codec decodes to the full size alone, never to a half, a fourth or an eighth; by how much the pixels of the 1,000-pixel
+JPEGs differ is printed below the table. "decode alone" is PIL to RGB at full size, nothing after it; it does not batch.
 """
 
 import argparse
+import importlib.metadata
 import io
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -20,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -33,7 +38,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from modeling_vit_scratch import ViTScratchImageProcessor  # noqa: E402
+from modeling_vit_scratch.data import decoding  # noqa: E402
 from modeling_vit_scratch.data.decoding import Decoder  # noqa: E402
+from modeling_vit_scratch.data.examples import Example  # noqa: E402
 from modeling_vit_scratch.data.loading import TrainingData  # noqa: E402
 from modeling_vit_scratch.data.sources import open_source  # noqa: E402
 from modeling_vit_scratch.training.machine import commit, hardware, versions  # noqa: E402
@@ -56,6 +63,19 @@ def ours(flags: dict[str, Any], size: int, batch_size: int, is_photo: bool, stre
             yield len(batch)
 
     return batches
+
+
+def without(name: str, value: Any, batches: Batches) -> Batches:
+    """The same batches made with a constant of decoding.py changed."""
+
+    def changed() -> Iterator[int]:
+        running = batches()
+        while True:
+            with mock.patch.object(decoding, name, value):
+                count = next(running)
+            yield count
+
+    return changed
 
 
 def rows_of(flags: dict[str, Any]) -> datasets.Dataset:
@@ -118,9 +138,15 @@ def candidates(flags: dict[str, Any], is_photo: bool) -> dict[str, Batches]:
     crop = v2.RandomResizedCrop(size, scale=(CROP_SCALE, 1.0)) if is_photo else v2.Identity()
     side = {"height": size, "width": size}
     kept = "ours, read at random" if is_photo else "ours, resident"
+    at_random = ours(flags, size, batch_size, is_photo, streaming=False)
+    changed = {
+        "ours, at random, without simplejpeg": without("simplejpeg", None, at_random),
+        "ours, at random, without shrinking": without("CODEC_DIVISORS", (), at_random),
+    }
     return {
-        kept: ours(flags, size, batch_size, is_photo, streaming=False),
+        kept: at_random,
         "ours, streamed": ours(flags, size, batch_size, is_photo, streaming=True),
+        **(changed if is_photo else {}),
         "torchvision transforms": with_torchvision(table, v2.Compose([crop, floats]), batch_size),
         "transformers' processor (torchvision)": with_processor(table, ViTImageProcessor(size=side), batch_size),
         "transformers' processor (PIL)": with_processor(table, ViTImageProcessorPil(size=side), batch_size),
@@ -140,6 +166,27 @@ def generate(folder: Path, count: int = 64, side: int = 1000):
         Image.fromarray(noisy).save(target / f"{index}.jpg", quality=88)
 
 
+def shrunk_difference(folder: Path, size: int = 224) -> dict[str, float]:
+    """By how much pixels differ that a JPEG's codec shrunk first, of 255, in the mean over crops and in the worst one.
+
+    The boxes lie on a grid of 8 pixels, so that both ways crop the same place.
+    """
+    means = []
+    for index, path in enumerate(sorted(folder.rglob("*.jpg"))):
+        example = Example(str(path), 0, str(path))
+
+        def draw(full: tuple[int, int], index: int = index) -> decoding.Box:
+            box = decoding.random_crop_box(full, (CROP_SCALE, 1.0), random.Random(index))
+            return tuple(edge // 8 * 8 for edge in box)
+
+        shrunk = decoding.read_crop(example, draw, (size, size), 3)
+        with mock.patch.object(decoding, "CODEC_DIVISORS", ()):
+            whole = decoding.read_crop(example, draw, (size, size), 3)
+        ours, exact = (decoding.resized(crop, (size, size), 2).float() for crop in (shrunk, whole))
+        means.append((ours - exact).abs().mean().item())
+    return {"mean": round(statistics.mean(means), 2), "worst": round(max(means), 2)}
+
+
 def measure(table: dict[str, Batches], rounds: int, seconds: float) -> dict[str, dict[str, float]]:
     """Images a second of each candidate, the median over rounds in which all take turns for about `seconds` each."""
     running = {name: make() for name, make in table.items()}
@@ -148,10 +195,10 @@ def measure(table: dict[str, Batches], rounds: int, seconds: float) -> dict[str,
     rates: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(rounds):
         for name, batches in running.items():
-            started, images = time.perf_counter(), 0
-            while time.perf_counter() - started < seconds:
+            started, images = time.process_time(), 0
+            while time.process_time() - started < seconds:
                 images += next(batches)
-            rates[name].append(images / (time.perf_counter() - started))
+            rates[name].append(images / (time.process_time() - started))
     return {
         name: {"images_per_second": round(statistics.median(found), 1), "least": round(min(found), 1)}
         for name, found in rates.items()
@@ -182,6 +229,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=2.0, help="of each candidate in each round")
     parser.add_argument("--output", help="a JSON file for the numbers")
     arguments = parser.parse_args()
+    if decoding.simplejpeg is None:
+        parser.error("this measures simplejpeg too: pip install simplejpeg")
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
@@ -196,14 +245,17 @@ def main():
         for name, (flags, is_photo) in sets.items():
             if all(flags.values()):
                 results[name] = measure(candidates(flags, is_photo), arguments.rounds, arguments.seconds)
+        difference = shrunk_difference(Path(folder))
     print(markdown(results))
+    print(f"\nThe codec's shrinking changes pixels by {difference['mean']} of 255, {difference['worst']} at worst.")
     if arguments.output:
         facts = {
             "command": " ".join(["python benchmarks/input.py", *sys.argv[1:]]),
             "commit": commit(),
-            "versions": versions(),
+            "versions": versions() | {name: importlib.metadata.version(name) for name in ("pillow", "simplejpeg")},
         }
-        record = {**facts, "hardware": hardware(Accelerator(cpu=True)), "threads": 1, "results": results}
+        measured = {"results": results, "shrunk_difference": difference}
+        record = {**facts, "hardware": hardware(Accelerator(cpu=True)), "threads": 1, **measured}
         Path(arguments.output).write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -15,7 +15,7 @@ from modeling_vit_scratch import ViTScratchImageProcessor, ViTScratchImageProces
 from modeling_vit_scratch.data.augmentation import normalise
 from modeling_vit_scratch.data.decoding import BadImageError, Decoder, normalisation, open_image, probe
 from modeling_vit_scratch.data.examples import Example
-from modeling_vit_scratch.data.loading import EvaluationData, TrainingData
+from modeling_vit_scratch.data.loading import Batch, EvaluationData, TrainingData, joined
 from modeling_vit_scratch.data.sources import open_source
 from modeling_vit_scratch.errors import UserError
 
@@ -150,6 +150,18 @@ def test_batches_do_not_depend_on_ranks_workers_or_where_one_starts(parquet_repo
         assert equal(whole, global_batches(source, decoder, range(0, 12), world_size, **window))
     assert equal(whole, global_batches(source, decoder, range(0, 12), 2, num_workers=2, **window))
     assert equal(whole[7:], global_batches(source, decoder, range(7, 12), 2, **window))
+
+
+def test_parts_of_a_batch_are_joined_in_the_order_of_their_positions():
+    rng = torch.Generator().manual_seed(0)
+    whole = (
+        torch.randint(0, 256, (11, 3, 5, 7), dtype=torch.uint8, generator=rng),
+        torch.arange(11) * 3,
+        torch.arange(11),
+    )
+    shares = [share.sort().values for share in torch.randperm(11, generator=rng).split([4, 6, 1])]
+    back = joined([Batch(*(tensor[share] for tensor in whole)) for share in shares])
+    assert equal([whole[:2]], [(back.images, back.labels)]) and torch.equal(back.positions, whole[2])
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -11,27 +11,33 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torch.nn.functional import interpolate
 
 from ..errors import UserError
 from ..image_processing_vit_scratch import ViTScratchImageProcessor, ViTScratchImageProcessorPil, pil_to_channels
 from .examples import Example
 from .order import derived_seed
 
+try:
+    import simplejpeg  # PIL's pixels, bit for bit: 628 -> 937 imagenet crops a second and core (benchmarks/input.py)
+except ImportError:
+    simplejpeg = None
+
 Processor = ViTScratchImageProcessor | ViTScratchImageProcessorPil
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")  # PIL would try EPS, WMF and others too
 MAX_PIXELS = 80_000_000  # a file of 12 kB can claim more: a decompression bomb; PIL itself only warns at 89 million
-# A JPEG's codec may shrink a training image by 2, 4 or 8 while the crop keeps this many times the pixels asked for, a
-# side. Milliseconds an image for crops of 5 % to 100 % to 224 pixels, one core, PIL 13: at 4000 pixels 62 -> 19, at
-# 1000 pixels and below as before; crops of 25 % to 100 % to 64 pixels: at 4000 pixels 69 -> 11, at 1000 pixels
-# 4.0 -> 1.9, at 320 pixels (imagenet-1k) as before. The pixels differ by 0.5 to 1.2 of 255 in the mean; with a margin
-# of 1 by 0.6 to 2.4, for 62 -> 13 ms.
-REDUCTION_MARGIN = 2
+# By what a JPEG's codec may shrink a training image, down to the size asked for. Crops of 25 % to 100 % of 1,000 pixels
+# to 224: 144 -> 193 images/s on a core (benchmarks/input.py), and pixels that differ by 0.6 of 255 in the mean; crops
+# of photographs of 256 pixels to 56: by 1.2. Down to twice that size it would be 0.4 and 0.6, for 3 % and not 34 %.
+CODEC_DIVISORS = (8, 4, 2)
+TORCH_MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,7 +48,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }  # EXIF's orientation -> what brings the image upright
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 class BadImageError(UserError):
@@ -115,32 +121,68 @@ def orientation_of(image: Image.Image) -> int:
         return 1
 
 
-def open_for_crop(
-    example: Example, draw_box: Callable[[tuple[int, int]], Box], size: tuple[int, int]
-) -> tuple[Image.Image, Box]:
-    """(the example's image, upright, and the box to crop), for a crop that is resized to (height, width) `size`.
+def read_crop(
+    example: Example, draw_box: Callable[[tuple[int, int]], Box], size: tuple[int, int], num_channels: int
+) -> torch.Tensor:
+    """The pixels, uint8 (H, W, C), of a crop of the upright image, which is to be resized to (height, width) `size`.
 
-    draw_box: from the full (width, height) of the upright image, whatever it is decoded at: a JPEG is shrunk by its
-    codec where the crop stays REDUCTION_MARGIN times as large as `size`. Raises BadImageError.
+    draw_box: from the full (width, height) of the upright image to the crop's box. Where a JPEG's codec can shrink the
+    image by 2, 4 or 8 and leave the crop no smaller than `size`, it does, and the box is rounded to the shrunk pixels.
+    Raises BadImageError.
     """
     with opened(example) as image:
         if image.format not in ("JPEG", "MPO"):
             image = upright(image)
-            return image, draw_box(image.size)
+            return _pixels(image.crop(draw_box(image.size)), num_channels)
         width, height = image.size if orientation_of(image) < 5 else image.size[::-1]
         left, top, right, bottom = draw_box((width, height))
-        reduction = min((right - left) / size[1], (bottom - top) / size[0]) / REDUCTION_MARGIN
-        divisor = next((divisor for divisor in (8, 4, 2) if divisor <= reduction), 1)
-        if divisor > 1:
-            image.draft(None, (image.width // divisor, image.height // divisor))
-        image = upright(image)
-    x, y = image.width / width, image.height / height  # a side the divisor does not divide is rounded up: < 1 pixel off
-    return image, (left * x, top * y, right * x, bottom * y)
+        reduction = min((right - left) / size[1], (bottom - top) / size[0])
+        divisor = next((divisor for divisor in CODEC_DIVISORS if divisor <= reduction), 1)
+        whole = _plain_jpeg(image, divisor, num_channels)
+        if whole is None:
+            if divisor > 1:
+                image.draft(None, (image.width // divisor, image.height // divisor))
+            image = upright(image)
+        # a turned image begins with the codec's last pixels, made of less than `divisor`: less than one of them off
+        left, top, right, bottom = (round(edge / divisor) for edge in (left, top, right, bottom))
+        if whole is not None:
+            return torch.from_numpy(whole[top:bottom, left:right])
+        return _pixels(image.crop((left, top, right, bottom)), num_channels)
+
+
+def _plain_jpeg(image: Image.Image, divisor: int, num_channels: int) -> np.ndarray | None:
+    """The JPEG shrunk by the divisor, uint8 (H, W, C), by simplejpeg; None where it is absent or PIL has to do more."""
+    is_plain = image.mode == "L" or (image.mode == "RGB" and num_channels == 3)
+    if simplejpeg is None or not is_plain or num_channels not in (1, 3) or orientation_of(image) in UPRIGHT:
+        return None
+    image.fp.seek(0)
+    least = {"min_height": -(-image.height // divisor), "min_width": -(-image.width // divisor)} if divisor > 1 else {}
+    try:
+        return simplejpeg.decode_jpeg(image.fp.read(), "GRAY" if num_channels == 1 else "RGB", **least)
+    except ValueError:  # cut off or damaged: PIL says what is wrong, or reads it all the same
+        return None
+
+
+def _pixels(image: Image.Image, num_channels: int) -> torch.Tensor:
+    pixels = torch.from_numpy(np.array(pil_to_channels(image, num_channels)))
+    return pixels.reshape(image.height, image.width, -1)  # (H, W, C)
+
+
+def resized(pixels: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
+    """uint8 (H, W, C) as (C, height, width) of `size`: by torch, as torchvision's image processor does in evaluation.
+
+    resample: PIL's number; PIL, which takes twice the time, does those that torch has not.
+    """
+    if resample in TORCH_MODES:
+        images = pixels.permute(2, 0, 1)[None]  # (1, C, H, W)
+        return interpolate(images, size, mode=TORCH_MODES[resample], antialias=True)[0]
+    image = Image.fromarray(pixels.squeeze(2).numpy()).resize(size[::-1], resample)
+    return torch.from_numpy(np.array(image)).reshape(*size, -1).permute(2, 0, 1)
 
 
 def random_crop_box(
     size: tuple[int, int], scale: Sequence[float], rng: random.Random, ratio: Sequence[float] = (3 / 4, 4 / 3)
-) -> tuple[int, int, int, int]:
+) -> Box:
     """The box of a crop of `scale` (least, most) of the area of (width, height) and of a width / height in `ratio`.
 
     Inception's crop, drawn as torchvision's RandomResizedCrop draws it.
@@ -182,20 +224,16 @@ class Decoder:
         num_channels = self.processor.num_channels
         if self.crop_scale is not None:
             rng = random.Random(derived_seed(self.seed, "crop", epoch, sample))
-            image, box = open_for_crop(
-                example, lambda full: random_crop_box(full, self.crop_scale, rng, self.crop_ratio), self.size
-            )
-            image = pil_to_channels(image, num_channels)
-            image = image.resize(self.size[::-1], int(self.processor.resample), box)  # crops and resizes in one pass
-            return self._tensor(image)
+            crop = read_crop(example, partial(self._draw_box, rng), self.size, num_channels)
+            return resized(crop, self.size, int(self.processor.resample))
         image = pil_to_channels(open_image(example), num_channels)
         if image.size[::-1] != self.size or self.processor.do_center_crop:
             pixels = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
             return pixels[0].to(torch.uint8)
-        return self._tensor(image)
+        return _pixels(image, num_channels).permute(2, 0, 1)  # (C, H, W)
 
-    def _tensor(self, image: Image.Image) -> torch.Tensor:
-        return torch.from_numpy(np.array(image)).reshape(*self.size, -1).permute(2, 0, 1)  # (C, H, W)
+    def _draw_box(self, rng: random.Random, full: tuple[int, int]) -> Box:
+        return random_crop_box(full, self.crop_scale, rng, self.crop_ratio)
 
 
 def output_size(processor: Processor) -> tuple[int, int]:

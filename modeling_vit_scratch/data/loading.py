@@ -110,6 +110,18 @@ def collate(source: Source, examples: list[Example], images: list[torch.Tensor],
     return Batch(torch.stack(images), label_tensor(source, examples), torch.from_numpy(positions))
 
 
+def joined(parts: list[Batch]) -> Batch:
+    """Parts of a batch as one, in the order of their positions."""
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.cat([part.positions for part in parts]).argsort()
+    rows = [image for part in parts for image in part.images]
+    # row by row: less than half the time of an index into their concatenation, in the process that trains
+    images = torch.stack([rows[index] for index in order.tolist()])
+    labels, positions = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("labels", "positions"))
+    return Batch(images, labels, positions)
+
+
 class _StepDataset(Dataset):
     """Training steps of a set that is read at random: item `step` is this rank's part of that step's batch."""
 
@@ -268,11 +280,8 @@ class TrainingData:
             parts.append(part)
             if len(parts) < workers:
                 continue
-            whole = [part for part in parts if part is not None]
+            yield joined([part for part in parts if part is not None])
             parts = []
-            order = torch.cat([part.positions for part in whole]).argsort()
-            tensors = zip(*((p.images, p.labels, p.positions) for p in whole), strict=True)
-            yield Batch(*(torch.cat(tensor)[order] for tensor in tensors))
 
 
 def is_resident(source: Source, split: Split, decoder: Decoder) -> bool:
