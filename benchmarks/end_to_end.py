@@ -49,7 +49,7 @@ def our_run(dataset: str, precision: str, steps: int, is_stream: bool, folder: P
     }  # fmt: skip
     flags = {
         "recipe": "cifar10", "optim": "adamw", "dataset_name": dataset, "train_batch_size": BATCH_SIZE,
-        "max_steps": steps,
+        "initial_image_size": "none", "max_steps": steps,
         "config_overrides": ",".join(f"{name}={value}" for name, value in network.items()), "report_to": "none",
         "logging_steps": LOGGING_STEPS, "eval_steps": EVAL_STEPS, "train_val_split": NUM_VALIDATION / 50_000,
         "output_dir": folder, "save_steps": steps,

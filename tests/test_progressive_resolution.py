@@ -23,6 +23,7 @@ from modeling_vit_scratch.training.resolution import Resolution, resolution_of
 from modeling_vit_scratch.training.time_budget import NUM_MEASURED_STEPS, Rehearsal, rehearse
 
 SMALLER = ["--initial_image_size", 4]  # digits have 8 pixels, in patches of 2
+GIVEN = frozenset({"initial_image_size"})
 LEARNED = f"{TINY},position_embedding_type=learned"
 
 
@@ -244,13 +245,13 @@ def test_values_that_make_no_sense_are_errors_in_one_line(flags, message, tmp_pa
 def test_networks_that_cannot_see_another_size_are_errors_in_one_line(fields, network, message):
     recipe = RECIPES["finetune"].replace(initial_image_size=24, random_resized_crop_scale=None, **fields)
     with pytest.raises(UserError, match=message) as caught:
-        resolution_of(recipe, ViTScratchConfig(**{**SMALL, **network}), num_samples=100)
+        resolution_of(recipe, GIVEN, ViTScratchConfig(**{**SMALL, **network}), num_samples=100)
     assert "\n" not in str(caught.value)
 
 
 def test_a_head_whose_images_are_cropped_anew_each_time_may_begin_with_small_ones():
     recipe = RECIPES["finetune"].replace(initial_image_size=24, finetune="head", random_resized_crop_scale=0.5)
-    assert resolution_of(recipe, ViTScratchConfig(**SMALL), num_samples=100) == Resolution(24, 0.6)
+    assert resolution_of(recipe, GIVEN, ViTScratchConfig(**SMALL), num_samples=100) == Resolution(24, 0.6)
 
 
 def test_a_share_that_rounds_to_the_end_of_a_short_run_is_no_error():

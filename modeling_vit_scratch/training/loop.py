@@ -100,7 +100,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         lanes = 2 * world_size
         raise UserError(f"{world_size} processes share {recipe.stream_lanes} lanes: set --stream_lanes {lanes}.")
     effects.check_source(recipe, chosen, source, decoder)
-    resolution = resolution_of(recipe, model.config, num_samples)
+    resolution = resolution_of(recipe, chosen, model.config, num_samples)
 
     # --- the folder: a new run, one to go on with, or a finished one
     run = run or agree(accelerator, lambda: open_run(output_dir, recipe, facts))

@@ -287,6 +287,14 @@ def check_range(name: str, value: Any, limits: Any):
             raise UserError(f"--{name} must be {bounds}, got {value}.")
 
 
+# what the recipes for CIFAR-10 share
+_CIFAR10: dict[str, Any] = dict(
+    dataset_name="cifar10", optim="muon", weight_decay=0.01, lr_scheduler_type="warmup_stable_decay",
+    lr_decay_steps=0.7, label_smoothing_factor=0.1, horizontal_flip_prob=0.5, crop_padding=4, initial_image_size=24,
+    image_mean=(0.4914, 0.4822, 0.4465), image_std=(0.2470, 0.2435, 0.2616),
+)  # fmt: skip
+_CIFAR10_GPU = {**_CIFAR10, "train_batch_size": 1024, "train_val_split": 0.02, "torch_compile": True}
+
 RECIPES: dict[str, Recipe] = {
     # accelerate launch run_train.py
     # One process with two parts and two processes with one each take bit-identical steps, where both compute with one
@@ -305,11 +313,22 @@ RECIPES: dict[str, Recipe] = {
     ),
     # accelerate launch --mixed_precision bf16 run_train.py --recipe cifar10 --time_budget 10m
     "cifar10": Recipe(
-        recipe="cifar10", dataset_name="cifar10", preset="micro", config_overrides="zero_init_residual=true",
-        num_train_epochs=10, optim="muon", learning_rate=3e-3, weight_decay=0.01,
-        lr_scheduler_type="warmup_stable_decay", lr_decay_steps=0.7,
-        label_smoothing_factor=0.1, horizontal_flip_prob=0.5, crop_padding=4,
-        image_mean=(0.4914, 0.4822, 0.4465), image_std=(0.2470, 0.2435, 0.2616), train_val_split=0.1,
+        recipe="cifar10", preset="micro", num_train_epochs=10, learning_rate=3e-3, train_val_split=0.1,
+        config_overrides="zero_init_residual=true,position_init=sincos2d", **_CIFAR10,
+    ),
+    # One GPU of the class of an H200, not yet run: their lengths follow from about 130 TFLOP/s.
+    # accelerate launch --mixed_precision bf16 run_train.py --recipe cifar10_60s
+    "cifar10_60s": Recipe(
+        recipe="cifar10_60s", preset="vit_m_4", num_train_epochs=80, learning_rate=3e-3, auto_augment="randaugment",
+        randaugment_num_ops=1, randaugment_magnitude=6,
+        config_overrides="zero_init_residual=true,position_embedding_type=rope2d,drop_path_rate=0.05", **_CIFAR10_GPU,
+    ),
+    "cifar10_5min": Recipe(
+        recipe="cifar10_5min", preset="vit_s8_4", num_train_epochs=200, learning_rate=2e-3, auto_augment="randaugment",
+        mixup_alpha=0.8, cutmix_alpha=1.0, mixup_prob=0.5, mixup_off_step=0.85, random_erasing_prob=0.25,
+        ema_decay=0.997,
+        config_overrides="zero_init_residual=true,position_embedding_type=rope2d,qk_norm=true,drop_path_rate=0.1",
+        **_CIFAR10_GPU,
     ),
     # accelerate launch --num_processes 8 --mixed_precision bf16 run_train.py --recipe imagenet-1k
     # S/16 of "Better plain ViT baselines for ImageNet-1k", 2205.01580; not yet run to its end

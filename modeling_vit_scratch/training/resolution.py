@@ -27,11 +27,12 @@ class Resolution:
     """The size of the images that a run trains on.
 
     initial_size: the side in pixels before the step from which on they are full; None: they are from the first one.
-    full_size_step: that step; under 1 a share of all steps.
+    full_size_step: that step; under 1 a share of all steps. why_full: why a recipe's own initial size is left out.
     """
 
     initial_size: int | None = None
     full_size_step: float = FULL_SIZE_STEP
+    why_full: str | None = None
 
     @property
     def is_progressive(self) -> bool:
@@ -65,21 +66,38 @@ class Resolution:
 
     def stages(self, total_steps: int) -> list[str]:
         """What is said of the two stages, a line; nothing of a single one."""
+        if self.why_full is not None:
+            return [f"note: all images have their full size: {self.why_full}"]
         if not self.is_progressive:
             return []
         initial = self.num_initial_steps(total_steps)
         return [f"{initial:,} steps at {self.initial_size} pixels, then {total_steps - initial:,} at full size"]
 
 
-def resolution_of(recipe: Recipe, config: ViTScratchConfig, num_samples: int) -> Resolution:
-    """The recipe's sizes for this network and so many training images.
+def resolution_of(recipe: Recipe, chosen: frozenset[str], config: ViTScratchConfig, num_samples: int) -> Resolution:
+    """The recipe's sizes for this network and so many training images. chosen: the fields that a person set.
 
     Raises UserError for an initial size that is not smaller than the network's or that its patches do not fill, and
-    for a run that sees its images once, as features, or that trains a specimen.
+    for a run that sees its images once, as features, or that trains a specimen. Where the size is the named recipe's
+    own, made for its network, all images are full instead, which the run says.
     """
-    size, (height, width) = recipe.initial_image_size, config.image_height_width
-    if size is None:
+    if recipe.initial_image_size is None:
         return Resolution()
+    is_chosen = "initial_image_size" in chosen
+    try:
+        _check_size(recipe, config, num_samples)
+    except UserError as error:
+        if is_chosen:
+            raise
+        return Resolution(why_full=str(error))
+    size, full = recipe.initial_image_size, config.image_height_width[0]
+    if not is_chosen and 2 * size < full:
+        return Resolution(why_full=f"--initial_image_size {size} is the recipe's, for smaller ones than {full} pixels.")
+    return Resolution(size, FULL_SIZE_STEP if recipe.full_size_step is None else recipe.full_size_step)
+
+
+def _check_size(recipe: Recipe, config: ViTScratchConfig, num_samples: int):
+    size, (height, width) = recipe.initial_image_size, config.image_height_width
     if can_cache_features(recipe, num_samples, config.hidden_size):
         raise UserError("--initial_image_size has no effect here: the frozen backbone sees each image once.")
     if recipe.specimen is not None:
@@ -95,4 +113,3 @@ def resolution_of(recipe: Recipe, config: ViTScratchConfig, num_samples: int) ->
         config.patch_grid_of(size, size)
     except ValueError as error:  # it names the nearest sizes
         raise UserError(f"--initial_image_size {size}: {str(error).removeprefix('image_size: ')}") from error
-    return Resolution(size, FULL_SIZE_STEP if recipe.full_size_step is None else recipe.full_size_step)
