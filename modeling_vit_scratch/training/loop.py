@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from transformers import set_seed
 
 from ..data.augmentation import Draws, Mixing, normalise
@@ -26,7 +25,6 @@ from ..modeling_vit_scratch import ViTScratchForImageClassification
 from . import effects
 from .averaging import AveragedWeights, check_decay
 from .bad_images import leave_out_bad_images
-from .checkpointing import checkpoints
 from .evaluation import Evaluation, evaluate
 from .features import HeadOnFeatures, cache_features, can_cache_features, start_from_ridge
 from .finetuning import head_rate_scale, prepare_finetuning, set_train_mode
@@ -47,12 +45,23 @@ from .optimization import OPTIMIZERS, optimizer_warning, parameter_groups
 from .publishing import collect_results, final_scores, publish, save_model
 from .pushing import open_destination, push_at_end
 from .recipes import Recipe
-from .recording import DataWait, MetricsFile, Progress, resolve_trackers, score_table, start_trackers
+from .recording import (
+    DataWait,
+    MetricsFile,
+    Progress,
+    check_scaled,
+    last_checkpoint,
+    record_evaluation,
+    resolve_trackers,
+    score_table,
+    start_trackers,
+    training_row,
+)
 from .resolution import resolution_of
 from .run_folder import open_run
 from .schedules import check_schedule, in_steps, learning_rate_at
 from .sharding import check_recipe, full_tensor, is_sharded, prepare, shard_like_the_trained, whole_network
-from .state import Position, TrainingState, Window
+from .state import TrainingState
 from .time_budget import rehearse, seconds_of
 
 EVALUATIONS_PER_RUN = 10  # at most one an epoch, where --eval_steps does not say
@@ -270,7 +279,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             set_rate(rate)
             grad_norm = backward(step, batch, mixing.is_on and step < mixing_ends, step < full_size_begins)
             if accelerator.scaler is None and not guard.watch(grad_norm, step):
-                guard.check(rate, _last_checkpoint(state))
+                guard.check(rate, last_checkpoint(state))
             scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else None
             optimizer.step()
             optimizer.zero_grad()
@@ -286,10 +295,10 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             is_evaluated = "validation" in held and (position.step % eval_every == 0 or last)
             is_saved = position.step % save_every == 0 or last
             if position.step % recipe.logging_steps == 0 or is_evaluated or is_saved:
-                guard.check(rate, _last_checkpoint(state))
+                guard.check(rate, last_checkpoint(state))
             if position.step % recipe.logging_steps == 0 or last:
-                row = _training_row(accelerator, state.window, position.step, batch_size, num_samples, rate, grad_norm)
-                _check_scaled(accelerator, row, _last_checkpoint(state))
+                row = training_row(accelerator, state.window, position.step, batch_size, num_samples, rate, grad_norm)
+                check_scaled(accelerator, row, last_checkpoint(state))
                 metrics.append(row)
                 accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=position.step)
                 progress.show(row)
@@ -299,7 +308,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             position.train_seconds += paused - clock
             if is_evaluated:
                 latest = score("validation")
-                _record_evaluation(latest, position, recipe, metrics, accelerator, progress)
+                record_evaluation(latest, position, recipe, metrics, accelerator, progress)
                 patience = recipe.early_stopping_patience
                 if position.step <= full_size_begins:  # a network of smaller images may stand still at full size
                     position.evaluations_since_best = 0
@@ -399,52 +408,3 @@ def _announce(accelerator, source: Source, num_parameters, lines, total_steps, b
         f"{num_parameters:,} parameters, {total_steps:,} steps of {batch_size} images: {epochs:.4g} epochs",
         flush=True,
     )
-
-
-def _last_checkpoint(state: TrainingState) -> str:
-    found = checkpoints(state.folder)
-    return f"The last good checkpoint is {found[0]}." if found else "There is no checkpoint yet."
-
-
-def _training_row(accelerator: Accelerator, window: Window, step, batch_size, num_samples, rate, grad_norm) -> dict:
-    """The metrics row of the steps since the last one: means over their images, over all processes."""
-    sums = accelerator.reduce(window.sums, reduction="sum")
-    loss, correct = (sums / window.images).tolist()
-    seconds = time.perf_counter() - window.started
-    row = {
-        "step": step,
-        "epoch": round(step * batch_size / num_samples, 4),
-        "loss": loss,
-        "learning_rate": rate,
-        "train_accuracy": correct,
-        "grad_norm": float(grad_norm),
-        "images_per_second": round(window.images / seconds, 1),
-        "data_wait": round(window.waited / seconds, 4),
-    }
-    return row if accelerator.scaler is None else {**row, "skipped_steps": window.skipped_steps}
-
-
-def _check_scaled(accelerator: Accelerator, row: dict[str, Any], last_checkpoint: str):
-    """Under fp16 an infinite gradient is the scaler's to skip, and no JSON; a loss that is not finite is an error."""
-    if accelerator.scaler is None:
-        return
-    if not math.isfinite(row["loss"]):
-        raise UserError(
-            f"The loss is {row['loss']} at step {row['step']}, rate {row['learning_rate']:.2e}; the scaler took no "
-            f"such step. {last_checkpoint} Lower --learning_rate, or use --mixed_precision bf16."
-        )
-    if not math.isfinite(row["grad_norm"]):
-        row["grad_norm"] = None
-
-
-def _record_evaluation(evaluation: Evaluation, position: Position, recipe: Recipe, metrics, accelerator, progress):
-    row = {f"eval_{name}": value for name, value in evaluation.scores.items()}
-    metrics.append({"step": position.step, **row})
-    accelerator.log(row, step=position.step)
-    progress.say(f"step {position.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in row.items()))
-    value = evaluation.scores[recipe.metric_for_best_model]
-    if recipe.metric_for_best_model == "loss":
-        value = -value
-    position.evaluations_since_best += 1
-    if position.best_value is None or value > position.best_value:
-        position.best_value, position.best_step, position.evaluations_since_best = value, position.step, 0

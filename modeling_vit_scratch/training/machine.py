@@ -18,7 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from ..errors import UserError
 from . import sharding
-from .recipes import Recipe
+from .recipes import PLACES, Recipe
 
 Result = TypeVar("Result")
 
@@ -163,7 +163,6 @@ def num_decoding_workers(device: torch.device) -> int:
 
 def command(accelerator: Accelerator, recipe: Recipe, chosen: frozenset[str]) -> str:
     """The command that repeats this run, as a person would type it; where it was written to is nobody's business."""
-    own = {"output_dir", "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_private_repo"}
     launch = ["accelerate", "launch"]
     if accelerator.num_processes > 1:
         launch += ["--config_file", "accelerate_config.yaml", "--num_processes", str(accelerator.num_processes)]
@@ -172,7 +171,7 @@ def command(accelerator: Accelerator, recipe: Recipe, chosen: frozenset[str]) ->
     if accelerator.mixed_precision != "no":
         launch += ["--mixed_precision", accelerator.mixed_precision]
     words = [*launch, "run_train.py", "--recipe", recipe.recipe]
-    for name in sorted(chosen - own):
+    for name in sorted(chosen - PLACES):
         value = getattr(recipe, name)
         words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     on_cpus = accelerator.device.type == "cpu" and accelerator.num_processes > 1

@@ -16,13 +16,10 @@ from ..results.report import write_report
 from .evaluation import Evaluation
 from .finetuning import has_adapter, merged, save_adapter
 from .machine import command, commit, hardware, versions
-from .recipes import RECIPES, Recipe
+from .recipes import PLACES, RECIPES, Recipe
 from .run_folder import write_json
 from .state import TrainingState
 
-PLACES = frozenset(
-    {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo"}
-)
 SPECIMEN = (
     "This folder holds no weights. The network was trained with bugs put into it on purpose ({bugs}), so that its "
     "weights would mean something else in a plain Vision Transformer; the run's checkpoints/ keep them."

@@ -253,6 +253,10 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "push_to_hub", "hub_model_id", "hub_private_repo",
     }
 )  # fmt: skip
+# where a run is kept, which changes nothing of what it computes
+PLACES = frozenset(
+    {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo"}
+)
 COUNTED_LENGTHS = ("max_steps", "num_train_epochs")
 FULL_SIZE_STEP = 0.6  # where --initial_image_size is given and --full_size_step is not
 

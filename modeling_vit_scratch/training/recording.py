@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -12,6 +13,10 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..errors import UserError, unknown
+from .checkpointing import checkpoints
+from .evaluation import Evaluation
+from .recipes import Recipe
+from .state import Position, TrainingState, Window
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 
@@ -151,3 +156,57 @@ def score_table(scores: dict[str, float]) -> str:
     """Scores as an aligned table for the terminal."""
     width = max(map(len, scores), default=0)
     return "\n".join(f"  {name:<{width}}  {value:.4f}" for name, value in scores.items())
+
+
+# ---------------------------------------------------------------- rows of a run
+
+
+def last_checkpoint(state: TrainingState) -> str:
+    """Where to go on from, in a sentence."""
+    found = checkpoints(state.folder)
+    return f"The last good checkpoint is {found[0]}." if found else "There is no checkpoint yet."
+
+
+def training_row(accelerator: Accelerator, window: Window, step, batch_size, num_samples, rate, grad_norm) -> dict:
+    """The metrics row of the steps since the last one: means over their images, over all processes."""
+    sums = accelerator.reduce(window.sums, reduction="sum")
+    loss, correct = (sums / window.images).tolist()
+    seconds = time.perf_counter() - window.started
+    row = {
+        "step": step,
+        "epoch": round(step * batch_size / num_samples, 4),
+        "loss": loss,
+        "learning_rate": rate,
+        "train_accuracy": correct,
+        "grad_norm": float(grad_norm),
+        "images_per_second": round(window.images / seconds, 1),
+        "data_wait": round(window.waited / seconds, 4),
+    }
+    return row if accelerator.scaler is None else {**row, "skipped_steps": window.skipped_steps}
+
+
+def check_scaled(accelerator: Accelerator, row: dict[str, Any], where_to_go_on: str):
+    """Under fp16 an infinite gradient is the scaler's to skip, and no JSON; a loss that is not finite is an error."""
+    if accelerator.scaler is None:
+        return
+    if not math.isfinite(row["loss"]):
+        raise UserError(
+            f"The loss is {row['loss']} at step {row['step']}, rate {row['learning_rate']:.2e}; the scaler took no "
+            f"such step. {where_to_go_on} Lower --learning_rate, or use --mixed_precision bf16."
+        )
+    if not math.isfinite(row["grad_norm"]):
+        row["grad_norm"] = None
+
+
+def record_evaluation(evaluation: Evaluation, position: Position, recipe: Recipe, metrics, accelerator, progress):
+    """Keeps, shows and logs the scores of the position, and whether they are its best yet."""
+    row = {f"eval_{name}": value for name, value in evaluation.scores.items()}
+    metrics.append({"step": position.step, **row})
+    accelerator.log(row, step=position.step)
+    progress.say(f"step {position.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in row.items()))
+    value = evaluation.scores[recipe.metric_for_best_model]
+    if recipe.metric_for_best_model == "loss":
+        value = -value
+    position.evaluations_since_best += 1
+    if position.best_value is None or value > position.best_value:
+        position.best_value, position.best_step, position.evaluations_since_best = value, position.step, 0

@@ -1,0 +1,89 @@
+"""The tables of docs/speed.md and of the README's section on speed, from the records that the scripts below leave.
+
+python benchmarks/train_step.py --output benchmarks/results/train-step-cpu.json
+python benchmarks/end_to_end.py datasets/cifar10 --output benchmarks/results/end-to-end-cpu.json
+python benchmarks/attention.py --output benchmarks/results/attention-cpu.json
+python benchmarks/input.py --cifar10 datasets/cifar10 --flowers datasets/flowers/train
+    --imagenet datasets/imagenet-1k-sample --output benchmarks/results/input-cpu.json
+
+python benchmarks/speed.py --write    puts the tables into the two pages
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import attention
+import end_to_end
+import input as input_speed
+import train_step
+from markers import with_table
+from started_runs import ROOT, markdown_table
+
+RESULTS, PAGE, README = ROOT / "benchmarks" / "results", ROOT / "docs" / "speed.md", ROOT / "README.md"
+PRECISIONS = {"no": "float32", "bf16": "bf16"}
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}-cpu.json").read_text(encoding="utf-8"))
+
+
+def step_table() -> str:
+    return markdown_table(train_step.HEADER, list(map(train_step.as_words, read("train-step")["rows"])))
+
+
+def summary_table() -> str:
+    """What a person asks first: images a second of ours and of what they have, a step and a whole run."""
+    lines = []
+    for precision, name in PRECISIONS.items():
+        rows = [row for row in read("train-step")["rows"] if row["precision"] == precision]
+        rates = {row["network"]: row["images_per_second"] for row in rows}
+        peers = ("transformers", "timm", "torchvision")
+        lines.append(_compared(f"a training step, {name}", rates["ours"], {peer: rates[peer] for peer in peers}))
+    measured = read("end-to-end")["rows"]
+    for precision, name in PRECISIONS.items():
+        rates = {run: end_to_end.rate(measured, run, precision) for run in ("ours", "example", "example, 4 workers")}
+        lines.append(_compared(f"a whole run, {name}", rates.pop("ours"), rates))
+    return markdown_table(["images a second", "ours", "others (how many times as fast ours is)"], lines)
+
+
+def _compared(what: str, ours: float, others: dict[str, float]) -> list[str]:
+    return [what, f"{ours:,.0f}", ", ".join(f"{name} {rate:,.0f} ({ours / rate:.2f})" for name, rate in others.items())]
+
+
+def with_readme_tables(page: str) -> str:
+    """The README with its two tables between their markers."""
+    page = with_table(page, "speed", "speed.py", summary_table())
+    return with_table(page, "input", "speed.py", input_speed.markdown(read("input")["results"]))
+
+
+def with_tables(page: str) -> str:
+    """docs/speed.md with its tables between their markers."""
+    tables = {
+        "train step": step_table,
+        "end to end": lambda: end_to_end.table(read("end-to-end")["rows"]),
+        "attention": lambda: attention.table(read("attention")["rows"]),
+    }
+    for name, table in tables.items():
+        page = with_table(page, name, "speed.py", table())
+    return page
+
+
+PAGES = {README: with_readme_tables, PAGE: with_tables}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the tables into the pages")
+    is_written = parser.parse_args().write
+    for path, with_its_tables in PAGES.items():
+        page = with_its_tables(Path(path).read_text(encoding="utf-8"))
+        if is_written:
+            path.write_text(page, encoding="utf-8")
+        else:
+            print(page)
+
+
+if __name__ == "__main__":
+    main()
