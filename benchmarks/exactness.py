@@ -12,21 +12,16 @@ python benchmarks/resume_start.py --dataset_name datasets/cifar10 --output bench
 
 import argparse
 import collections
-import json
-from typing import Any
 
 import equality
 import faults
 import resume_start
 from markers import with_table
 from started_runs import ROOT, markdown_table
+from started_runs import read_record as read
 
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "exactness.md"
+PAGE = ROOT / "docs" / "exactness.md"
 SOAKS = ("kill-and-resume", "kill-and-resume-streamed", "kill-and-resume-two-processes")
-
-
-def read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}-cpu.json").read_text(encoding="utf-8"))
 
 
 def soak_table() -> str:

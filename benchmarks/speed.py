@@ -10,9 +10,6 @@ python benchmarks/speed.py --write    puts the tables into the two pages
 """
 
 import argparse
-import json
-from pathlib import Path
-from typing import Any
 
 import attention
 import end_to_end
@@ -20,13 +17,10 @@ import input as input_speed
 import train_step
 from markers import with_table
 from started_runs import ROOT, markdown_table
+from started_runs import read_record as read
 
-RESULTS, PAGE, README = ROOT / "benchmarks" / "results", ROOT / "docs" / "speed.md", ROOT / "README.md"
+PAGE, README = ROOT / "docs" / "speed.md", ROOT / "README.md"
 PRECISIONS = {"no": "float32", "bf16": "bf16"}
-
-
-def read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}-cpu.json").read_text(encoding="utf-8"))
 
 
 def step_table() -> str:
@@ -78,7 +72,7 @@ def main():
     parser.add_argument("--write", action="store_true", help="put the tables into the pages")
     is_written = parser.parse_args().write
     for path, with_its_tables in PAGES.items():
-        page = with_its_tables(Path(path).read_text(encoding="utf-8"))
+        page = with_its_tables(path.read_text(encoding="utf-8"))
         if is_written:
             path.write_text(page, encoding="utf-8")
         else:

@@ -30,6 +30,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
 from modeling_vit_scratch.training.checkpointing import checkpoints  # noqa: E402
@@ -327,3 +328,8 @@ def write_record(path: str, script: str, words: list[str], **facts: Any):
         "hardware": hardware(Accelerator(cpu=True)), **facts,
     }  # fmt: skip
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read_record(name: str) -> dict[str, Any]:
+    """What was recorded under the name on a CPU."""
+    return json.loads((RESULTS / f"{name}-cpu.json").read_text(encoding="utf-8"))
