@@ -19,7 +19,7 @@ import torch
 from peers import SHAPES, ours
 from started_runs import markdown_table, write_record
 from torch import nn
-from train_step import PRECISIONS, seconds
+from train_step import PRECISION_NAMES, PRECISIONS, seconds
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_vit_scratch.modeling_vit_scratch import eager_attention_forward, product_attention_forward
@@ -83,7 +83,7 @@ def main():
 def table(rows: list[dict]) -> str:
     names = list(rows[0]["milliseconds"])
     lines = [
-        ["float32" if row["precision"] == "no" else row["precision"], str(row["tokens"]), str(row["images"]),
+        [PRECISION_NAMES[row["precision"]], str(row["tokens"]), str(row["images"]),
          *(f"{row['milliseconds'][name]:.2f}" for name in names),
          min(row["milliseconds"], key=row["milliseconds"].get)]
         for row in rows

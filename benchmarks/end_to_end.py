@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from peers import SHAPES, ours
 from started_runs import ROOT, markdown_table, working_folder, write_record
-from train_step import seconds, training_step
+from train_step import PRECISION_NAMES, seconds, training_step
 
 from modeling_vit_scratch.training.machine import keep_freed_memory
 from modeling_vit_scratch.training.recording import read_metrics
@@ -135,7 +135,7 @@ def table(measured: list[dict[str, Any]]) -> str:
         for run in dict.fromkeys(m["run"] for m in measured):
             waits = [m["data_wait"] for m in measured if m["run"] == run and "data_wait" in m]
             rows.append([
-                "float32" if precision == "no" else precision, run, f"{rate(measured, run, precision):,.0f}",
+                PRECISION_NAMES[precision], run, f"{rate(measured, run, precision):,.0f}",
                 f"{rate(measured, 'ours', precision) / rate(measured, run, precision):.2f}",
                 f"{rate(measured, run, precision) / alone:.0%}" if run.startswith("ours") else "",
                 f"{statistics.median(waits):.1%}" if waits else "",

@@ -20,7 +20,6 @@ from started_runs import ROOT, markdown_table
 from started_runs import read_record as read
 
 PAGE, README = ROOT / "docs" / "speed.md", ROOT / "README.md"
-PRECISIONS = {"no": "float32", "bf16": "bf16"}
 
 
 def step_table() -> str:
@@ -30,13 +29,13 @@ def step_table() -> str:
 def summary_table() -> str:
     """What a person asks first: images a second of ours and of what they have, a step and a whole run."""
     lines = []
-    for precision, name in PRECISIONS.items():
+    for precision, name in train_step.PRECISION_NAMES.items():
         rows = [row for row in read("train-step")["rows"] if row["precision"] == precision]
         rates = {row["network"]: row["images_per_second"] for row in rows}
         peers = ("transformers", "timm", "torchvision")
         lines.append(_compared(f"a training step, {name}", rates["ours"], {peer: rates[peer] for peer in peers}))
     measured = read("end-to-end")["rows"]
-    for precision, name in PRECISIONS.items():
+    for precision, name in train_step.PRECISION_NAMES.items():
         rates = {run: end_to_end.rate(measured, run, precision) for run in ("ours", "example", "example, 4 workers")}
         lines.append(_compared(f"a whole run, {name}", rates.pop("ours"), rates))
     return markdown_table(["images a second", "ours", "others (how many times as fast ours is)"], lines)

@@ -30,6 +30,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
+PRECISION_NAMES = {"no": "float32", "bf16": "bf16"}  # in tables
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 COMPILED = " (compiled)"
 
@@ -166,7 +167,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def as_words(row: dict[str, Any]) -> list[str]:
     memory = row["peak_memory_mib"]
     return [
-        row["shape"], "float32" if row["precision"] == "no" else row["precision"], row["network"],
+        row["shape"], PRECISION_NAMES[row["precision"]], row["network"],
         f"{row['images_per_second']:,.1f}", f"{row['gflops']:,.0f}", f"{row['share_of_peak']:.0%}",
         f"{row['ours_over_this']:.2f}", "" if math.isnan(memory) else f"{memory:,.0f}",
     ]  # fmt: skip
