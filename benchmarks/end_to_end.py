@@ -98,6 +98,7 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     keep_freed_memory()  # as run_train.py does, so that the step alone has no handicap
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "dataset")}
     measured: list[dict[str, Any]] = []
     with working_folder("end-to-end-") as folder:
         for turn in range(arguments.rounds):
@@ -117,10 +118,9 @@ def main():
                     {"run": "the step", "precision": precision, "round": turn, "training": statistics.mean(alone)}
                 )
                 print(measured[-1], flush=True)
+                if arguments.output:  # after each turn of a precision: a run takes long and may be stopped
+                    write_record(arguments.output, "end_to_end.py", sys.argv[1:], settings=settings, rows=measured)
     print(table(measured))
-    if arguments.output:
-        settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "dataset")}
-        write_record(arguments.output, "end_to_end.py", sys.argv[1:], settings=settings, rows=measured)
 
 
 def rate(measured: list[dict[str, Any]], run: str, precision: str) -> float:

@@ -320,7 +320,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vit_m_2": _small(256, 8, 4, 4, 2),
     "vit_s_2": _small(384, 12, 6, 4, 2),
     # smaller images, ours: 28-pixel digits (16 tokens) and scikit-learn's 8-pixel digits (16 tokens)
-    "mnist": _small(64, 4, 4, 2, 7, image_size=28, num_channels=1, position_embedding_type="rope2d"),
+    "mnist": _small(128, 4, 4, 2, 7, image_size=28, num_channels=1),
     "digits": _small(64, 4, 4, 2, 2, image_size=8, num_channels=1, position_embedding_type="rope2d"),
     # the articles' networks, mended (docs/articles.md); parameter counts are the articles' own
     "article_0_small": _size(

@@ -21,6 +21,14 @@ def make_images(count: int, size: tuple[int, int] = (8, 8), seed: int = 0) -> li
     return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(count)]
 
 
+def write_shard(path, images, labels):
+    """A parquet shard of these images, five in a row group."""
+    names = [f"class {index}" for index in range(max(labels) + 1)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(path, batch_size=5)
+
+
 @pytest.fixture
 def parquet_repo(tmp_path):
     """A maker of local folders in a Hub repository's layout: split name -> sizes of its parquet shards."""

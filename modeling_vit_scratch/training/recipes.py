@@ -311,8 +311,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     # accelerate launch run_train.py --recipe mnist
     "mnist": Recipe(
-        recipe="mnist", dataset_name="mnist", preset="mnist", num_train_epochs=12, learning_rate=3e-3,
-        label_smoothing_factor=0.05, rotation_degrees=10, translate_pixels=2.0, scale_range=0.1,
+        recipe="mnist", dataset_name="mnist", preset="mnist", num_train_epochs=20, optim="muon", learning_rate=6e-3,
+        weight_decay=0.01, lr_scheduler_type="linear", label_smoothing_factor=0.05, rotation_degrees=10,
+        translate_pixels=2.0, scale_range=0.1, config_overrides="zero_init_residual=true,position_init=sincos2d",
         image_mean=(0.1307,), image_std=(0.3081,), train_val_split=0.05,
     ),
     # accelerate launch --mixed_precision bf16 run_train.py --recipe cifar10 --time_budget 10m
