@@ -3,6 +3,7 @@ same images for as long as the mended network: accuracy, size of the weights, ti
 
 python benchmarks/articles.py --max_steps 2000 --output benchmarks/results/articles-cpu.json
 python benchmarks/articles.py --time_budget 10m --recipes article_4 --data cifar10=datasets/cifar10
+python benchmarks/articles.py --time_budget 10m --flags "article_1=--preset article_1_cpu --train_batch_size 64"
 python benchmarks/articles.py --write       puts the recorded table between the markers of docs/articles.md
 
 Article 2 has photographs of its own and is left out unless --recipes names it: --train_dir and --test_dir are its.
@@ -140,7 +141,7 @@ def rows_of(name: str, arguments: argparse.Namespace, folder: Path) -> list[dict
         ["--max_steps", str(arguments.max_steps)] if arguments.max_steps else ["--time_budget", arguments.time_budget]
     )
     flags += [*length, "--seed", str(arguments.seed), "--cpu_threads", str(arguments.cpu_threads)]
-    flags += arguments.flags.split()
+    flags += dict(pair.split("=", 1) for pair in arguments.flags).get(name, "").split()
     rows = [train_recipe(recipe, flags, folder / recipe) for recipe in (name, f"{name}_mended")]
     return [*rows, train_cnn(f"{name}_mended", flags, rows[1]["train_seconds"])]
 
@@ -181,22 +182,24 @@ def main():
     parser.add_argument("--data", action="append", default=[], metavar="NAME=FOLDER", help="a dataset's local folder")
     parser.add_argument("--train_dir", default="", help="article 2's photographs, one folder a class")
     parser.add_argument("--test_dir", default="")
-    parser.add_argument("--flags", default="", help='further flags of all runs, in one word: "--train_batch_size 64"')
+    further = "further flags of an article's runs, in one word"
+    parser.add_argument("--flags", action="append", default=[], metavar="NAME=FLAGS", help=further)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--cpu_threads", type=int, default=2)
     parser.add_argument("--output", metavar="FILE", help="write the rows there as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.cpu_threads)
     rows: list[dict[str, Any]] = []
+    facts = {"commit": commit(), "hardware": hardware(Accelerator(cpu=True)), "versions": versions()}
+    facts = {"command": public_command(["python", "benchmarks/articles.py", *sys.argv[1:]]), **facts}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.recipes.split(","):
             rows += rows_of(name, arguments, Path(folder))
             print(table(rows[-3:]), flush=True)
+            if arguments.output:  # after each article: the runs take long and may be stopped
+                record = json.dumps({**facts, "rows": rows}, indent=1) + "\n"
+                Path(arguments.output).write_text(record, encoding="utf-8")
     print(table(rows))
-    if arguments.output:
-        facts = {"commit": commit(), "hardware": hardware(Accelerator(cpu=True)), "versions": versions()}
-        record = {"command": public_command(["python", "benchmarks/articles.py", *sys.argv[1:]]), **facts, "rows": rows}
-        Path(arguments.output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

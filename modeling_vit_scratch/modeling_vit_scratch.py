@@ -55,7 +55,8 @@ class ViTScratchPatchEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if isinstance(self.projection, nn.Conv2d):
-            return self.projection(pixel_values).flatten(2).transpose(1, 2)  # (B, Gh*Gw, D)
+            # a token's channels lie together in memory: the sums of the residual stream keep the layout it starts with
+            return self.projection(pixel_values).flatten(2).transpose(1, 2).contiguous()  # (B, Gh*Gw, D)
         patches = nn.functional.unfold(pixel_values, self.patch_size, stride=self.stride)  # (B, C*Ph*Pw, Gh*Gw)
         return self.projection(patches.transpose(1, 2))  # (B, Gh*Gw, D)
 
