@@ -1,8 +1,10 @@
 """--time_budget: what is read, how many steps fit, and a run that equals the one with that many steps."""
 
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
@@ -10,6 +12,8 @@ from accelerate import Accelerator
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.training import time_budget
 from modeling_vit_scratch.training.time_budget import NUM_MEASURED_STEPS, Rehearsal, rehearse, seconds_of
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
