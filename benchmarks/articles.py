@@ -165,8 +165,13 @@ def with_recorded(page: str) -> str:
     """docs/articles.md with the recorded table between its markers; as it is where nothing is recorded yet."""
     if not RECORD.exists():
         return page
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
-    return with_table(page, "articles", "articles.py", table(record["rows"]))
+    rows = [row for part in parts_of(RECORD) for row in part["rows"]]
+    return with_table(page, "articles", "articles.py", table(rows))
+
+
+def parts_of(record: Path) -> list[dict[str, Any]]:
+    """What each call has added to the file: its command, machine and rows."""
+    return json.loads(record.read_text(encoding="utf-8"))["parts"] if record.exists() else []
 
 
 def main():
@@ -186,10 +191,11 @@ def main():
     parser.add_argument("--flags", action="append", default=[], metavar="NAME=FLAGS", help=further)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--cpu_threads", type=int, default=2)
-    parser.add_argument("--output", metavar="FILE", help="write the rows there as JSON")
+    parser.add_argument("--output", metavar="FILE", help="add the rows to that JSON file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.cpu_threads)
     rows: list[dict[str, Any]] = []
+    before = parts_of(Path(arguments.output)) if arguments.output else []
     facts = {"commit": commit(), "hardware": hardware(Accelerator(cpu=True)), "versions": versions()}
     facts = {"command": public_command(["python", "benchmarks/articles.py", *sys.argv[1:]]), **facts}
     with tempfile.TemporaryDirectory() as folder:
@@ -197,7 +203,7 @@ def main():
             rows += rows_of(name, arguments, Path(folder))
             print(table(rows[-3:]), flush=True)
             if arguments.output:  # after each article: the runs take long and may be stopped
-                record = json.dumps({**facts, "rows": rows}, indent=1) + "\n"
+                record = json.dumps({"parts": [*before, {**facts, "rows": rows}]}, indent=1) + "\n"
                 Path(arguments.output).write_text(record, encoding="utf-8")
     print(table(rows))
 

@@ -96,7 +96,7 @@ def test_the_code_of_the_text_shows_the_bug(capsys):
 def test_the_table_of_our_runs_is_the_recorded_one():
     assert articles.with_recorded(TEXT) == TEXT
     if articles.RECORD.exists():
-        rows = json.loads(articles.RECORD.read_text(encoding="utf-8"))["rows"]
+        rows = [row for part in articles.parts_of(articles.RECORD) for row in part["rows"]]
         assert f"{rows[0]['parameters']:,}" in section("Our runs")
 
 
@@ -106,7 +106,7 @@ ROW = {"network": "article_4", "command": "run_train.py", "test_accuracy": 0.5, 
 
 def test_recorded_rows_take_the_place_of_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr(articles, "RECORD", tmp_path / "record.json")
-    articles.RECORD.write_text(json.dumps({"rows": [ROW]}), encoding="utf-8")
+    articles.RECORD.write_text(json.dumps({"parts": [{"rows": [ROW]}]}), encoding="utf-8")
     text = articles.with_recorded(TEXT)
     assert "| `article_4` | 50.00 | 2,000 | 61 | 3,189,002 | 12.8 | 3.0 |\n<!-- end of articles -->" in text
     assert articles.with_recorded(text) == text and "Not yet recorded" not in text
