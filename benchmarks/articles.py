@@ -163,10 +163,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def with_recorded(page: str) -> str:
     """docs/articles.md with the recorded table between its markers; as it is where nothing is recorded yet."""
-    if not RECORD.exists():
-        return page
-    rows = [row for part in parts_of(RECORD) for row in part["rows"]]
-    return with_table(page, "articles", "articles.py", table(rows))
+    rows = recorded_rows()
+    return with_table(page, "articles", "articles.py", table(rows)) if rows else page
+
+
+def recorded_rows() -> list[dict[str, Any]]:
+    """The rows of all calls; none where nothing is recorded yet."""
+    return [row for part in parts_of(RECORD) for row in part["rows"]]
 
 
 def parts_of(record: Path) -> list[dict[str, Any]]:

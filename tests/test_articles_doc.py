@@ -96,8 +96,7 @@ def test_the_code_of_the_text_shows_the_bug(capsys):
 def test_the_table_of_our_runs_is_the_recorded_one():
     assert articles.with_recorded(TEXT) == TEXT
     if articles.RECORD.exists():
-        rows = [row for part in articles.parts_of(articles.RECORD) for row in part["rows"]]
-        assert f"{rows[0]['parameters']:,}" in section("Our runs")
+        assert f"{articles.recorded_rows()[0]['parameters']:,}" in section("Our runs")
 
 
 ROW = {"network": "article_4", "command": "run_train.py", "test_accuracy": 0.5, "test_loss": 1.0, "steps": 2000,

@@ -189,10 +189,9 @@ def test_patches_come_in_reading_order():
 @pytest.mark.parametrize("prefix", [{}, {"use_cls_token": False, "pooling": "mean", "num_register_tokens": 0}])
 def test_the_residual_stream_keeps_a_tokens_channels_together(prefix):
     # sums take the layout of their first operand; a transposed one costs every later sum and norm time
-    model = build(**{**PRIMES, **prefix})
+    model, contiguous = build(**{**PRIMES, **prefix}), []
     for layer in model.vit.layers:
         layer.register_forward_pre_hook(lambda _, inputs: contiguous.append(inputs[0].is_contiguous()))
-    contiguous = []
     model(pixel_values=images(B, C, H, W))
     assert contiguous and all(contiguous)
 
