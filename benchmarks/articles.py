@@ -22,26 +22,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from markers import with_table
+from recorded import RESULTS, ROOT, facts_of, write_json
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from modeling_vit_scratch.data.augmentation import Draws, normalise
+from modeling_vit_scratch.data.decoding import Decoder, normalisation
+from modeling_vit_scratch.data.loading import EvaluationData, TrainingData
+from modeling_vit_scratch.results.record import public_command
+from modeling_vit_scratch.training.article_recipes import PRINTED
+from modeling_vit_scratch.training.evaluation import evaluate
+from modeling_vit_scratch.training.flags import parse_arguments
+from modeling_vit_scratch.training.network import build_augmentation, build_network, source_of
+from modeling_vit_scratch.training.objectives import SingleLabel
 
-from markers import with_table  # noqa: E402
-
-from modeling_vit_scratch.data.augmentation import Draws, normalise  # noqa: E402
-from modeling_vit_scratch.data.decoding import Decoder, normalisation  # noqa: E402
-from modeling_vit_scratch.data.loading import EvaluationData, TrainingData  # noqa: E402
-from modeling_vit_scratch.results.record import public_command  # noqa: E402
-from modeling_vit_scratch.training.article_recipes import PRINTED  # noqa: E402
-from modeling_vit_scratch.training.evaluation import evaluate  # noqa: E402
-from modeling_vit_scratch.training.flags import parse_arguments  # noqa: E402
-from modeling_vit_scratch.training.machine import commit, hardware, versions  # noqa: E402
-from modeling_vit_scratch.training.network import build_augmentation, build_network, source_of  # noqa: E402
-from modeling_vit_scratch.training.objectives import SingleLabel  # noqa: E402
-
-RECORD = ROOT / "benchmarks" / "results" / "articles-cpu.json"
+RECORD = RESULTS / "articles-cpu.json"
 OF_THEIR_OWN_DATA = [name for name, fields in PRINTED.items() if "dataset_name" in fields]
 CNN_RATE, CNN_DECAY = 2e-3, 0.05
 TIMED, UNTIMED = 30, 5  # forwards of one image
@@ -199,15 +195,13 @@ def main():
     torch.set_num_threads(arguments.cpu_threads)
     rows: list[dict[str, Any]] = []
     before = parts_of(Path(arguments.output)) if arguments.output else []
-    facts = {"commit": commit(), "hardware": hardware(Accelerator(cpu=True)), "versions": versions()}
-    facts = {"command": public_command(["python", "benchmarks/articles.py", *sys.argv[1:]]), **facts}
+    facts = facts_of("articles.py", sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.recipes.split(","):
             rows += rows_of(name, arguments, Path(folder))
             print(table(rows[-3:]), flush=True)
             if arguments.output:  # after each article: the runs take long and may be stopped
-                record = json.dumps({"parts": [*before, {**facts, "rows": rows}]}, indent=1) + "\n"
-                Path(arguments.output).write_text(record, encoding="utf-8")
+                write_json(arguments.output, {"parts": [*before, {**facts, "rows": rows}]})
     print(table(rows))
 
 

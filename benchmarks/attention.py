@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 from peers import SHAPES, ours
-from started_runs import markdown_table, write_record
+from recorded import markdown_table, write_record
 from torch import nn
 from train_step import PRECISION_NAMES, PRECISIONS, seconds
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

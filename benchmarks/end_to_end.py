@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from peers import SHAPES, ours
-from started_runs import ROOT, markdown_table, working_folder, write_record
+from recorded import ROOT, markdown_table, write_record
+from started_runs import working_folder
 from train_step import PRECISION_NAMES, seconds, training_step
 
 from modeling_vit_scratch.training.machine import keep_freed_memory

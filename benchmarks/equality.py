@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from recorded import markdown_table, write_record
 from started_runs import (
     NETWORK,
     RANDOM,
@@ -40,11 +41,9 @@ from started_runs import (
     fork_server,
     generate,
     launch,
-    markdown_table,
     metrics_of,
     train_ranks,
     words_of,
-    write_record,
 )
 
 LONGEST_START = 300.0  # seconds after which a start is taken to hang

@@ -17,8 +17,8 @@ import equality
 import faults
 import resume_start
 from markers import with_table
-from started_runs import ROOT, markdown_table
-from started_runs import read_record as read
+from recorded import ROOT, markdown_table
+from recorded import read_record as read
 
 PAGE = ROOT / "docs" / "exactness.md"
 SOAKS = ("kill-and-resume", "kill-and-resume-streamed", "kill-and-resume-two-processes")

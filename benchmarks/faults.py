@@ -29,26 +29,24 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from recorded import ROOT, markdown_table, write_record
 from safetensors.torch import load_file
 from started_runs import (
     LONGEST_END,
     NETWORK,
     RANDOM,
-    ROOT,
     SIDE,
     Started,
     data_flags,
     fingerprint,
     fork_server,
     generate,
-    markdown_table,
     metrics_of,
     sha256,
     start,
     train_ranks,
     words_of,
     working_folder,
-    write_record,
 )
 
 from modeling_vit_scratch.training.checkpointing import checkpoints, step_of

@@ -20,18 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from markers import with_table
+from recorded import ROOT, read_record, write_record
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from modeling_vit_scratch import ViTScratchConfig
+from modeling_vit_scratch.configuration_vit_scratch import architecture_fields
 
-from markers import with_table  # noqa: E402
-
-from modeling_vit_scratch import ViTScratchConfig  # noqa: E402
-from modeling_vit_scratch.configuration_vit_scratch import architecture_fields  # noqa: E402
-from modeling_vit_scratch.training.machine import commit, hardware  # noqa: E402
-
-RECORD = ROOT / "benchmarks" / "results" / "finetuning-flowers-cpu.json"
 # of a small network after a short pretraining: ten times the rates that the recipe has for large ones
 WAYS = {
     "full": ["--learning_rate", "1e-3", "--layer_decay", "1", "--head_learning_rate_scale", "1"],
@@ -96,7 +90,7 @@ def table(ways: dict[str, list[dict[str, Any]]]) -> str:
 
 def with_recorded(readme: str) -> str:
     """The README with the recorded table between its markers."""
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    record = read_record("finetuning-flowers")
     return with_table(readme, "fine-tuning", "finetuning.py", table(record["ways"]))
 
 
@@ -127,9 +121,7 @@ def main():
                 )
     print(table(ways))
     if arguments.output:
-        command = " ".join(["python", "benchmarks/finetuning.py", *sys.argv[1:]])
-        record = {"command": command, "commit": commit(), "hardware": hardware(Accelerator(cpu=True)), "ways": ways}
-        Path(arguments.output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(arguments.output, "finetuning.py", sys.argv[1:], ways=ways)
 
 
 if __name__ == "__main__":

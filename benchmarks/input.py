@@ -15,7 +15,6 @@ JPEGs differ is printed below the table. "decode alone" is PIL to RGB at full si
 import argparse
 import importlib.metadata
 import io
-import json
 import random
 import statistics
 import sys
@@ -29,21 +28,17 @@ from unittest import mock
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator
 from PIL import Image
+from recorded import facts_of, write_json
 from torchvision.transforms import v2
 from transformers import ViTImageProcessor, ViTImageProcessorPil
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from modeling_vit_scratch import ViTScratchImageProcessor  # noqa: E402
-from modeling_vit_scratch.data import decoding  # noqa: E402
-from modeling_vit_scratch.data.decoding import Decoder  # noqa: E402
-from modeling_vit_scratch.data.examples import Example  # noqa: E402
-from modeling_vit_scratch.data.loading import TrainingData  # noqa: E402
-from modeling_vit_scratch.data.sources import open_source  # noqa: E402
-from modeling_vit_scratch.training.machine import commit, hardware, versions  # noqa: E402
+from modeling_vit_scratch import ViTScratchImageProcessor
+from modeling_vit_scratch.data import decoding
+from modeling_vit_scratch.data.decoding import Decoder
+from modeling_vit_scratch.data.examples import Example
+from modeling_vit_scratch.data.loading import TrainingData
+from modeling_vit_scratch.data.sources import open_source
 
 Batches = Callable[[], Iterator[int]]  # makes an endless iterator that yields the number of images of each batch
 CROP_SCALE = 0.25
@@ -249,14 +244,9 @@ def main():
     print(markdown(results))
     print(f"\nThe codec's shrinking changes pixels by {difference['mean']} of 255, {difference['worst']} at worst.")
     if arguments.output:
-        facts = {
-            "command": " ".join(["python benchmarks/input.py", *sys.argv[1:]]),
-            "commit": commit(),
-            "versions": versions() | {name: importlib.metadata.version(name) for name in ("pillow", "simplejpeg")},
-        }
-        measured = {"results": results, "shrunk_difference": difference}
-        record = {**facts, "hardware": hardware(Accelerator(cpu=True)), "threads": 1, **measured}
-        Path(arguments.output).write_text(json.dumps(record, indent=1) + "\n")
+        facts = facts_of("input.py", sys.argv[1:])
+        facts["versions"] |= {name: importlib.metadata.version(name) for name in ("pillow", "simplejpeg")}
+        write_json(arguments.output, {**facts, "threads": 1, "results": results, "shrunk_difference": difference})
 
 
 if __name__ == "__main__":

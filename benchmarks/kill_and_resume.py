@@ -27,6 +27,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from recorded import write_record
 from started_runs import (
     LONGEST_END,
     POLL,
@@ -39,7 +40,6 @@ from started_runs import (
     generate,
     start,
     words_of,
-    write_record,
 )
 
 from modeling_vit_scratch.training.checkpointing import checkpoints, step_of

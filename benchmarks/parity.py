@@ -11,7 +11,6 @@ is wrong.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,19 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from accelerate import Accelerator
+from recorded import write_record
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from modeling_vit_scratch.training.machine import commit, hardware, versions  # noqa: E402
-from modeling_vit_scratch.weights import load_pretrained, load_processor  # noqa: E402
-from modeling_vit_scratch.weights.naming import Tensors  # noqa: E402
-from modeling_vit_scratch.weights.writing import write_checkpoint  # noqa: E402
+from modeling_vit_scratch.weights import load_pretrained, load_processor
+from modeling_vit_scratch.weights.naming import Tensors
+from modeling_vit_scratch.weights.writing import write_checkpoint
 
 # hidden size, layers, heads, width of the MLP, patch (2010.11929, table 1; 2012.12877, table 1)
 SIZES = {
@@ -255,11 +250,7 @@ def main() -> int:
         found.append(row)
         print(line(row), flush=True)
     if arguments.output:
-        facts = {"command": " ".join(["python benchmarks/parity.py", *sys.argv[1:]]), "commit": commit()}
-        facts |= {"versions": versions(), "hardware": hardware(Accelerator(cpu=True))}
-        Path(arguments.output).write_text(
-            json.dumps({**facts, "rows": [asdict(row) for row in found]}, indent=1) + "\n"
-        )
+        write_record(arguments.output, "parity.py", sys.argv[1:], rows=[asdict(row) for row in found])
     return 0 if all(row.ok for row in found) else 1
 
 

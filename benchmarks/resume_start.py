@@ -29,7 +29,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from started_runs import NUM_CLASSES, ROOT, markdown_table, words_of, working_folder, write_record
+from recorded import ROOT, markdown_table, write_record
+from started_runs import NUM_CLASSES, words_of, working_folder
 
 from modeling_vit_scratch.training.checkpointing import load_checkpoint, save_checkpoint
 

@@ -11,11 +11,9 @@ of three.
 """
 
 import argparse
-import json
 import math
 import pickle
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,21 +24,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate import Accelerator
+from markers import with_table
+from recorded import RESULTS, ROOT, read_record, write_record
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch.data.examples import ROW_GROUP_CACHE_BYTES, read_footer
+from modeling_vit_scratch.data.order import StreamOrder, hash_holdout
+from modeling_vit_scratch.training.checkpointing import damage, save_checkpoint
+from modeling_vit_scratch.training.recipes import Recipe
 
-from markers import with_table  # noqa: E402
-
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification  # noqa: E402
-from modeling_vit_scratch.data.examples import ROW_GROUP_CACHE_BYTES, read_footer  # noqa: E402
-from modeling_vit_scratch.data.order import StreamOrder, hash_holdout  # noqa: E402
-from modeling_vit_scratch.training.checkpointing import damage, save_checkpoint  # noqa: E402
-from modeling_vit_scratch.training.machine import commit, hardware, versions  # noqa: E402
-from modeling_vit_scratch.training.recipes import Recipe  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "scale.md"
 
 # Not measured here. ImageNet-21k: its autumn 2011 release; ImageNet-1k's 138 GB hold 1,281,167 images, 108 kB each.
@@ -254,8 +246,8 @@ def gpu_table(found: dict[str, Any], images_per_core: float) -> str:
 
 def tables() -> dict[str, str]:
     """The tables of the page by the names of their markers."""
-    found = json.loads((RESULTS / "scale-cpu.json").read_text(encoding="utf-8"))["results"]
-    rates = json.loads((RESULTS / "input-cpu.json").read_text(encoding="utf-8"))["results"]
+    found = read_record("scale")["results"]
+    rates = read_record("input")["results"]
     images_per_core = rates["ImageNet sample, 224 px"]["ours, streamed"]["images_per_second"]
     save_steps = Recipe.__dataclass_fields__["save_steps"].default
     micro = found["checkpoints"][0]
@@ -284,9 +276,7 @@ def main():
     parser.add_argument("--write", action="store_true", help="put the tables into docs/scale.md")
     arguments = parser.parse_args()
     if arguments.measure:
-        facts = {"command": "python benchmarks/scale.py --measure", "commit": commit(), "versions": versions()}
-        record = {**facts, "results": measure(), "hardware": hardware(Accelerator(cpu=True)), "threads": 1}
-        (RESULTS / "scale-cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_record(RESULTS / "scale-cpu.json", "scale.py", ["--measure"], results=measure(), threads=1)
     if arguments.write:
         PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     else:

@@ -16,8 +16,8 @@ import end_to_end
 import input as input_speed
 import train_step
 from markers import with_table
-from started_runs import ROOT, markdown_table
-from started_runs import read_record as read
+from recorded import ROOT, markdown_table
+from recorded import read_record as read
 
 PAGE, README = ROOT / "docs" / "speed.md", ROOT / "README.md"
 

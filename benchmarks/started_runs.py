@@ -26,17 +26,12 @@ from typing import Any
 import datasets
 import numpy as np
 import psutil
-from accelerate import Accelerator
 from PIL import Image
+from recorded import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT))
-
-from modeling_vit_scratch.training.checkpointing import checkpoints  # noqa: E402
-from modeling_vit_scratch.training.machine import commit, hardware, versions  # noqa: E402
-from modeling_vit_scratch.training.publishing import final_scores  # noqa: E402
-from modeling_vit_scratch.training.recording import read_metrics  # noqa: E402
+from modeling_vit_scratch.training.checkpointing import checkpoints
+from modeling_vit_scratch.training.publishing import final_scores
+from modeling_vit_scratch.training.recording import read_metrics
 
 TIMINGS = ("images_per_second", "data_wait")
 NUM_CLASSES, SIDE = 3, 16
@@ -315,21 +310,3 @@ def working_folder(prefix: str) -> Iterator[Path]:
         print(f"What was written is kept in {folder}.", file=sys.stderr)
         raise
     shutil.rmtree(folder)
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
-
-
-def write_record(path: str, script: str, words: list[str], **facts: Any):
-    """A JSON file of these facts beside the command, versions and machine that gave them."""
-    record = {
-        "command": " ".join([f"python benchmarks/{script}", *words]), "commit": commit(), "versions": versions(),
-        "hardware": hardware(Accelerator(cpu=True)), **facts,
-    }  # fmt: skip
-    Path(path).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def read_record(name: str) -> dict[str, Any]:
-    """What was recorded under the name on a CPU."""
-    return json.loads((RESULTS / f"{name}-cpu.json").read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from peers import OURS, PEERS, SHAPES, Shape, ours
-from started_runs import markdown_table, write_record
+from recorded import markdown_table, write_record
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -11,7 +11,6 @@ from conftest import make_images, write_shard
 from modeling_vit_scratch.data.class_mix import NUM_BATCHES, ClassMix, expected_classes
 from modeling_vit_scratch.data.order import ResidentOrder, StreamOrder
 from modeling_vit_scratch.data.sources import open_source
-from modeling_vit_scratch.training.recording import DataWait, Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -119,27 +118,3 @@ def test_class_sorted_batches_are_said_once_by_the_first_rank(tmp_path, capsys):
 
 def decoder():
     return stream_order.Decoder(stream_order.ViTScratchImageProcessor(size={"height": 2, "width": 2}))
-
-
-# ---------------------------------------------------------------- waiting for data
-
-
-def row(share, step=1):
-    return {"step": step, "loss": 1.0, "train_accuracy": 0.5, "images_per_second": 9.0, "data_wait": share}
-
-
-def test_a_device_that_waits_for_data_is_told_once_and_what_to_do(capsys):
-    progress = Progress(100, 0, True, DataWait(num_workers=1, num_cores=8))
-    for share in (0.9, 0.1, 0.3, 0.1, 0.3, 0.4, 0.8):  # the first one is the workers' start
-        progress.show(row(share))
-    lines = [line for line in capsys.readouterr().out.splitlines() if "the device waits" in line]
-    remedy = "more --dataloader_num_workers (now 1, of 8 cores), or smaller images"
-    assert lines == [f"the device waits for data 23% of the time: {remedy}"]  # the mean of 0.3, 0.1 and 0.3
-
-
-def test_a_device_that_hardly_waits_is_not_told_and_a_full_machine_gets_other_advice():
-    calm, full = DataWait(1, 8), DataWait(8, 8)
-    assert not any(calm.advice(row(share)) for share in (0.9, 0.19, 0.1, 0.2, 0.19, 0.15))
-    said = [full.advice(row(0.5)) for _ in range(5)]
-    assert said == [None, None, None, "the device waits for data 50% of the time: smaller images, or more cores "
-                    "(all 8 decode)", None]  # fmt: skip

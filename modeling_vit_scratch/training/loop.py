@@ -256,14 +256,17 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         state.save()  # the number of steps is never measured again
     lines = [] if loading_report is None else [str(loading_report), str(finetuning)]
     lines += resolution.stages(total_steps)
+    eval_every, save_every = evaluation_interval(total_steps), in_steps(recipe.save_steps, total_steps)
+    if "validation" in held:
+        lines.append(f"validation is scored every {eval_every:,} step(s) and at the end")
     _announce(accelerator, source, num_parameters, lines, total_steps, batch_size, data, workers)
     if warning := optimizer_warning(recipe, total_steps):
         accelerator.print(warning)
 
     # --- the steps
-    eval_every, save_every = evaluation_interval(total_steps), in_steps(recipe.save_steps, total_steps)
     data_wait = DataWait(workers, num_cores()) if data.resident is None else None
-    progress = Progress(total_steps, position.step, accelerator.is_main_process, data_wait)
+    work = partial(resolution.work, total_steps=total_steps, config=model.config)
+    progress = Progress(total_steps, position.step, accelerator.is_main_process, data_wait, work)
     latest: Evaluation | None = None
     first_step = position.step if not position.has_stopped_early else total_steps
     clock = time.perf_counter()

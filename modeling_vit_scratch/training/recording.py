@@ -6,6 +6,8 @@ import math
 import os
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +100,24 @@ class DataWait:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line at each logging step."""
+    """A bar on a terminal; elsewhere a line at each logging step, with the time left.
 
-    def __init__(self, total_steps: int, step: int, active: bool, data_wait: DataWait | None = None):
-        self.total_steps, self.first_step, self.active, self.data_wait = total_steps, step, active, data_wait
-        self.started = time.perf_counter()
+    work(n): what the first n steps of the run cost, in any unit. The time left is that of the work left, done as fast
+    as in the last NUM_ROWS logging steps, evaluations and checkpoints included.
+    """
+
+    NUM_ROWS = 20
+
+    def __init__(
+        self,
+        total_steps: int,
+        step: int,
+        active: bool,
+        data_wait: DataWait | None = None,
+        work: Callable[[int], float] = float,
+    ):
+        self.total_steps, self.active, self.data_wait, self.work = total_steps, active, data_wait, work
+        self.shown = deque([(time.perf_counter(), work(step))], maxlen=self.NUM_ROWS)
         self.on_terminal = active and sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=step, disable=not self.on_terminal, unit="step", dynamic_ncols=True)
 
@@ -118,8 +133,10 @@ class Progress:
         if self.on_terminal:
             self.bar.set_postfix_str(text)
         elif self.active:
-            done = row["step"] - self.first_step
-            left = (time.perf_counter() - self.started) / max(done, 1) * (self.total_steps - row["step"])
+            now, done = time.perf_counter(), self.work(row["step"])
+            since, before = self.shown[0]
+            left = (now - since) / (done - before) * (self.work(self.total_steps) - done)
+            self.shown.append((now, done))
             print(f"step {row['step']}/{self.total_steps}: {text}, {_clock(left)} left", flush=True)
         if self.data_wait is not None and (advice := self.data_wait.advice(row)):
             self.say(advice)

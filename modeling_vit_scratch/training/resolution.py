@@ -56,6 +56,14 @@ class Resolution:
         size = (self.initial_size, self.initial_size)
         return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
 
+    def work(self, steps: int, total_steps: int, config: ViTScratchConfig) -> float:
+        """What the first `steps` of a run cost, in steps at full size: one on small images counts as its pixels do."""
+        initial = min(steps, self.num_initial_steps(total_steps))
+        if not initial:
+            return float(steps)
+        height, width = config.image_height_width
+        return steps - initial * (1 - self.initial_size**2 / (height * width))
+
     def pflop(self, config: ViTScratchConfig, steps: int, total_steps: int, batch_size: int) -> float:
         """PFLOP of the first `steps` of a run that trains all of the network: see results/summary.training_flops."""
         initial = min(steps, self.num_initial_steps(total_steps))
