@@ -257,9 +257,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     lines = [] if loading_report is None else [str(loading_report), str(finetuning)]
     lines += resolution.stages(total_steps)
     eval_every, save_every = evaluation_interval(total_steps), in_steps(recipe.save_steps, total_steps)
-    if "validation" in held:
-        lines.append(f"validation is scored every {eval_every:,} step(s) and at the end")
-    _announce(accelerator, source, num_parameters, lines, total_steps, batch_size, data, workers)
+    scored_every = eval_every if "validation" in held else None
+    _announce(accelerator, source, num_parameters, lines, total_steps, batch_size, data, workers, scored_every)
     if warning := optimizer_warning(recipe, total_steps):
         accelerator.print(warning)
 
@@ -396,7 +395,7 @@ def _num_workers(recipe: Recipe, source: Source, decoder: Decoder, device: torch
     return num_decoding_workers(device)
 
 
-def _announce(accelerator, source: Source, num_parameters, lines, total_steps, batch_size, data, workers):
+def _announce(accelerator, source: Source, num_parameters, lines, total_steps, batch_size, data, workers, scored_every):
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in source.splits.items())
     how = "streamed" if source.streaming else "resident" if data.resident is not None else "read at random"
     decoding = "" if data.resident is not None else f", {workers} decoding worker(s)"
@@ -407,7 +406,7 @@ def _announce(accelerator, source: Source, num_parameters, lines, total_steps, b
     for line in lines:
         accelerator.print(line)
     epochs = total_steps * batch_size / len(source.splits["train"])
-    accelerator.print(
-        f"{num_parameters:,} parameters, {total_steps:,} steps of {batch_size} images: {epochs:.4g} epochs",
-        flush=True,
-    )
+    text = f"{num_parameters:,} parameters, {total_steps:,} steps of {batch_size} images: {epochs:.4g} epochs"
+    if scored_every is not None:
+        text += f", validation every {scored_every:,} step{'s' if scored_every > 1 else ''}"
+    accelerator.print(text, flush=True)
