@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -160,7 +161,10 @@ def test_a_broken_off_run_is_trained_on_and_its_sweep_goes_on(trained, tmp_path,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_outside_the_steps_of_a_run_ends_the_sweep_with_code_3(monkeypatch, number, tmp_path, capsys):
+def test_a_signal_outside_the_steps_of_a_run_ends_the_sweep_with_code_3(request, monkeypatch, number, tmp_path, capsys):
+    # what a shell starts in the background ignores SIGINT, and these tests with it
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(loop, "train", lambda recipe, chosen: os.kill(os.getpid(), number))
     assert cli.main(["sweep", "--output_dir", str(tmp_path / "s"), *SHORT, "--grid", "learning_rate=0.1"]) == 3
