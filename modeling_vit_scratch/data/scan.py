@@ -90,12 +90,13 @@ def look_at(example: Example) -> ImageFacts | BadImageError:
         return error
 
 
-def scan_steps(split: Split, num_threads: int) -> Iterator[Scan]:
-    """The scan as it grows, once a block of images; the last is of the whole split.
+def blocks_of(
+    split: Split, num_threads: int, look: Callable[[Example], ImageFacts | BadImageError]
+) -> Iterator[list[tuple[int, int, Example, ImageFacts | BadImageError]]]:
+    """(shard, row, example, what `look` says of it) of every image, in blocks.
 
     Raises UserError where fewer rows come than a shard has, for a shard that cannot be read, and for a disk that fails.
     """
-    scan = Scan()
     with ThreadPoolExecutor(num_threads) as pool:  # PIL releases the interpreter while it decodes
         for shard in range(len(split.shard_sizes)):
             rows = split.rows(shard)
@@ -107,9 +108,18 @@ def scan_steps(split: Split, num_threads: int) -> Iterator[Scan]:
                         f"Expected {len(block)} rows of shard {shard} from row {block[0]} on, got {len(examples)}; "
                         "fetch the data again."
                     )
-                for row, example, seen in zip(block.tolist(), examples, pool.map(look_at, examples), strict=True):
-                    scan.add(shard, row, example, seen)
-                yield scan
+                looks = pool.map(look, examples)
+                rows_and_looks = zip(block.tolist(), examples, looks, strict=True)
+                yield [(shard, row, example, seen) for row, example, seen in rows_and_looks]
+
+
+def scan_steps(split: Split, num_threads: int) -> Iterator[Scan]:
+    """The scan as it grows, once a block of images; the last is of the whole split. Errors as of blocks_of."""
+    scan = Scan()
+    for block in blocks_of(split, num_threads, look_at):
+        for seen in block:
+            scan.add(*seen)
+        yield scan
     if scan.num_images != len(split):
         raise UserError(f"Expected {len(split):,} images, looked at {scan.num_images:,}; fetch the data again.")
     if not scan.num_images:

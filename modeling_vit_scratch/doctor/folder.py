@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from ..data.decoding import UPRIGHT, BadImageError, opened, orientation_of, upright
 from ..data.examples import Example
 from ..data.listing import shown, some
-from ..data.scan import BLOCK, BadImage, ImageFacts, Scan
+from ..data.scan import BadImage, ImageFacts, Scan, blocks_of
 from ..data.sources import Source
 from ..errors import UserError, unknown
 from ..image_processing_vit_scratch import pil_to_channels
@@ -128,20 +127,16 @@ def look_at_all(source: Source, num_threads: int) -> Images:
     """Every image of every split, each read and decoded once. Raises UserError where the data cannot be read."""
     images = Images(source)
     bar = tqdm(total=sum(map(len, source.splits.values())), unit="image", leave=False, disable=None)
-    with bar, ThreadPoolExecutor(num_threads) as pool:  # PIL releases the interpreter while it decodes
+    with bar:
         for name, split in source.splits.items():
             scan = images.scans[name] = Scan()
-            for shard in range(len(split.shard_sizes)):
-                rows = split.rows(shard)
-                for start in range(0, len(rows), BLOCK):
-                    examples = split.examples.read(shard, rows[start : start + BLOCK])
-                    looks = pool.map(look_closer, examples)
-                    for row, example, look in zip(rows[start : start + BLOCK].tolist(), examples, looks, strict=True):
-                        scan.add(shard, row, example, look)
-                        classes = _classes(images, example)
-                        if isinstance(look, Looked):
-                            images.seen.append(Seen(name, example.name, classes, look))
-                    bar.update(len(examples))
+            for block in blocks_of(split, num_threads, look_closer):
+                for shard, row, example, look in block:
+                    scan.add(shard, row, example, look)
+                    classes = _classes(images, example)
+                    if isinstance(look, Looked):
+                        images.seen.append(Seen(name, example.name, classes, look))
+                bar.update(len(block))
     return images
 
 
