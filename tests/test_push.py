@@ -286,6 +286,12 @@ def test_nothing_is_trained_where_the_push_could_not_work(obstacle, name, text, 
     assert not [path for method, path in hub.requests if "/commit/" in path or "/preupload/" in path]
 
 
+def test_no_repository_is_made_for_data_that_is_not_there(hub, tmp_path, capsys):
+    missing = ("--train_dir", str(tmp_path / "photos"), "--recipe", "folder")
+    assert flags.main([*missing, "--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_model_id", "me/x"]) == 2
+    assert "photos" in error_of(capsys) and hub.repositories == {} and hub.requests == []
+
+
 @pytest.mark.parametrize("word", ["--hub_token=" + WRONG_TOKEN, "--hub_token"])
 def test_a_token_is_no_flag_for_a_command_line_is_seen_by_others(word, capsys):
     assert flags.main(["--push_to_hub", word]) == 2

@@ -86,7 +86,6 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     refuse_precision(accelerator, recipe)
     check_recipe(accelerator, recipe)
-    repository = agree(accelerator, lambda: open_destination(recipe, output_dir)) if recipe.push_to_hub else None
 
     # --- data, and the network that fits it
     facts = {"mixed_precision": accelerator.mixed_precision, "num_processes": world_size}
@@ -94,6 +93,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     is_scanned = recipe.bad_images == "skip"
     whole = recipe.replace(train_val_split=0.0) if is_scanned else recipe
     source = first_on_each_node(accelerator, lambda: source_of(whole))  # one download a node
+    # a wrong token is found before anything is trained, and no repository is made for data that is not there
+    repository = agree(accelerator, lambda: open_destination(recipe, output_dir)) if recipe.push_to_hub else None
     if is_scanned:  # before a validation split is held out: as if bad images had never been there
         run = agree(accelerator, lambda: open_run(output_dir, recipe, facts))  # what is found is kept in the folder
         skipped = leave_out_bad_images(accelerator, source, output_dir)
