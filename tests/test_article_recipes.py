@@ -232,8 +232,16 @@ def test_article_1s_tokens_stay_where_they_start_and_all_else_moves():
         ("unscaled_attention,scaled_by_hidden_size", {}, "both change the same step of attention"),
         ("causal_attention,attention_over_the_batch", {}, "both change the same step of attention"),
         ("attention_over_the_batch", {}, "needs the default head_dim and biases"),
-        ("causal_attention", {"position_embedding_type": "rope2d"}, "needs plain attention"),
-        ("causal_attention", {"attention_probs_dropout_prob": 0.1}, "needs plain attention"),
+        (
+            "causal_attention",
+            {"position_embedding_type": "rope2d"},
+            r"overrides position_embedding_type=learned\.",
+        ),
+        (
+            "causal_attention",
+            {"attention_probs_dropout_prob": 0.1},
+            r"overrides attention_probs_dropout_prob=0\.",
+        ),
         ("patches_by_reshape", {"patch_embedding": "conv"}, "patch_embedding=linear"),
         ("border_left_out", {"image_size": 40}, "patches of 5 pixels, one more than the configuration's, do not fill"),
     ],

@@ -45,14 +45,14 @@ def test_fused_optimizers_skip_the_step_without_waiting(kind, value):
             entries = optimizer.state_dict()["state"][0]
             assert all(torch.equal(state[0][name], entries[name]) for name in entries if entries[name] is not None)
     with pytest.raises(UserError, match=r"not finite at step 2, rate 1.00e-01: .* nowhere"):
-        guard.check(0.1, "nowhere")
+        guard.check(0.1, lambda: "nowhere")
 
 
 def test_other_optimizers_are_told_not_to_step():
     weight = torch.nn.Parameter(torch.ones(4, 4))
     guard = FiniteGuard(torch.optim.Muon([weight], lr=0.1), weight.device, may_wait=False)
     assert guard.waits and guard.watch(torch.tensor(1.0), 0)
-    guard.check(0.1, "")
+    guard.check(0.1, str)
     assert not guard.watch(torch.tensor(float("nan")), 6)
     with pytest.raises(UserError, match="step 7"):
-        guard.check(0.1, "")
+        guard.check(0.1, str)

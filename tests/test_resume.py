@@ -21,19 +21,19 @@ def steps_kept(output_dir):
     return sorted(int(path.name[5:]) for path in checkpoints(output_dir / "checkpoints"))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_saves_and_the_same_command_ends_as_if_there_had_been_none(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, during", [("SIGTERM", 4), ("SIGINT", 4), ("SIGUSR1", 4), ("SIGTERM", 9)])
+def test_a_signal_saves_and_the_same_command_ends_as_if_there_had_been_none(name, during, tmp_path, monkeypatch):
     expected = run(tmp_path / "whole", *LENGTH)
     real = loop.learning_rate_at
 
-    def signalled_at_step_4(step, *rest):
-        if step == 4:
+    def signalled(step, *rest):
+        if step == during:  # of 10 steps: the scores of the end are left to the next start, too
             os.kill(os.getpid(), getattr(signal, name))
         return real(step, *rest)
 
-    monkeypatch.setattr(loop, "learning_rate_at", signalled_at_step_4)
+    monkeypatch.setattr(loop, "learning_rate_at", signalled)
     handler = signal.getsignal(getattr(signal, name))
-    with pytest.raises(loop.Interrupted, match="saved .*step-000005"):
+    with pytest.raises(loop.Interrupted, match=f"saved .*step-0000{during + 1:02}"):
         run(tmp_path / "run", *LENGTH)
     assert signal.getsignal(getattr(signal, name)) is handler
     monkeypatch.setattr(loop, "learning_rate_at", real)

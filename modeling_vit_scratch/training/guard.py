@@ -1,5 +1,7 @@
 """A gradient that is not finite never reaches the weights."""
 
+from collections.abc import Callable
+
 import torch
 
 from ..errors import UserError
@@ -40,11 +42,11 @@ class FiniteGuard:
         self.optimizer.grad_scale, self.optimizer.found_inf = None, self.found
         return True
 
-    def check(self, rate: float, last_checkpoint: str):
+    def check(self, rate: float, where_to_go_on: Callable[[], str]):
         """Raises UserError if a step was skipped; waits for the device."""
         step = int(self.bad_step)
         if step >= 0:
             raise UserError(
                 f"The loss or its gradient is not finite at step {step + 1}, rate {rate:.2e}: that step was not taken. "
-                f"{last_checkpoint} Lower --learning_rate, raise --warmup_steps, or set --max_grad_norm."
+                f"{where_to_go_on()} Lower --learning_rate, raise --warmup_steps, or set --max_grad_norm."
             )

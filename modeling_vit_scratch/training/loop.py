@@ -59,7 +59,7 @@ from .recording import (
 )
 from .resolution import resolution_of
 from .run_folder import open_run
-from .schedules import check_schedule, in_steps, learning_rate_at
+from .schedules import check_schedule, in_steps, learning_rate_at, steps_text
 from .sharding import check_recipe, full_tensor, is_sharded, prepare, shard_like_the_trained, whole_network
 from .state import TrainingState
 from .time_budget import rehearse, seconds_of
@@ -177,7 +177,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     )
     if run.checkpoint is not None:
         state.restore(run.checkpoint)
-    position = state.position
+    position, where_to_go_on = state.position, partial(last_checkpoint, state)
     metrics = MetricsFile(output_dir / "metrics.jsonl", accelerator.is_main_process, position.step)
     start_trackers(accelerator, trackers, recipe.to_dict())
 
@@ -217,7 +217,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
 
     # --- how many steps
     def evaluation_interval(total_steps: int) -> int:
-        default = max(total_steps / EVALUATIONS_PER_RUN, num_samples / batch_size, 1)
+        default = math.ceil(max(total_steps / EVALUATIONS_PER_RUN, num_samples / batch_size, 1))
         return in_steps(recipe.eval_steps or default, total_steps)
 
     if position.total_steps is None or recipe.time_budget is None:
@@ -282,7 +282,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             set_rate(rate)
             grad_norm = backward(step, batch, mixing.is_on and step < mixing_ends, step < full_size_begins)
             if accelerator.scaler is None and not guard.watch(grad_norm, step):
-                guard.check(rate, last_checkpoint(state))
+                guard.check(rate, where_to_go_on)
             scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else None
             optimizer.step()
             optimizer.zero_grad()
@@ -298,10 +298,10 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             is_evaluated = "validation" in held and (position.step % eval_every == 0 or last)
             is_saved = position.step % save_every == 0 or last
             if position.step % recipe.logging_steps == 0 or is_evaluated or is_saved:
-                guard.check(rate, last_checkpoint(state))
+                guard.check(rate, where_to_go_on)
             if position.step % recipe.logging_steps == 0 or last:
                 row = training_row(accelerator, state.window, position.step, batch_size, num_samples, rate, grad_norm)
-                check_scaled(accelerator, row, last_checkpoint(state))
+                check_scaled(accelerator, row, where_to_go_on)
                 metrics.append(row)
                 accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=position.step)
                 progress.show(row)
@@ -322,7 +322,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             if is_best or is_saved or minutes_are_up or last or stopping:
                 folder = state.save()
                 interruptions.saved()
-                if stopping and not last:
+                if stopping:  # after the last step too: what is left are scores, which the same command computes
                     progress.close()
                     raise Interrupted(f"stopped by a signal; saved {folder}. The same command goes on from there.")
             clock = time.perf_counter()
@@ -343,6 +343,9 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         if position.best_step != position.step:
             latest = None
         weights = f"best at step {state.use_best()}" + ("" if averaged is None else ", averaged")
+    if pending := [name for name in held if name != "validation" or latest is None]:
+        sizes = ", ".join(f"{len(source.splits[name]):,} {name}" for name in pending)
+        accelerator.print(f"scoring {sizes} images", flush=True)
     finals = {name: latest if name == "validation" and latest is not None else score(name) for name in held}
     learned = {"num_parameters": num_parameters, "trainable_parameters": finetuning.num_trained, "baseline": baseline}
     if finetuning.num_trained == num_parameters:
@@ -407,7 +410,7 @@ def _announce(accelerator, source: Source, num_parameters, lines, total_steps, b
     for line in lines:
         accelerator.print(line)
     epochs = total_steps * batch_size / len(source.splits["train"])
-    text = f"{num_parameters:,} parameters, {total_steps:,} steps of {batch_size} images: {epochs:.4g} epochs"
+    text = f"{num_parameters:,} parameters, {steps_text(total_steps)} of {batch_size} images: {epochs:.4g} epochs"
     if scored_every is not None:
-        text += f", validation every {scored_every:,} step{'s' if scored_every > 1 else ''}"
+        text += ", validation " + ("at the end" if scored_every >= total_steps else f"every {steps_text(scored_every)}")
     accelerator.print(text, flush=True)

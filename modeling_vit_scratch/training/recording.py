@@ -202,14 +202,14 @@ def training_row(accelerator: Accelerator, window: Window, step, batch_size, num
     return row if accelerator.scaler is None else {**row, "skipped_steps": window.skipped_steps}
 
 
-def check_scaled(accelerator: Accelerator, row: dict[str, Any], where_to_go_on: str):
+def check_scaled(accelerator: Accelerator, row: dict[str, Any], where_to_go_on: Callable[[], str]):
     """Under fp16 an infinite gradient is the scaler's to skip, and no JSON; a loss that is not finite is an error."""
     if accelerator.scaler is None:
         return
     if not math.isfinite(row["loss"]):
         raise UserError(
             f"The loss is {row['loss']} at step {row['step']}, rate {row['learning_rate']:.2e}; the scaler took no "
-            f"such step. {where_to_go_on} Lower --learning_rate, or use --mixed_precision bf16."
+            f"such step. {where_to_go_on()} Lower --learning_rate, or use --mixed_precision bf16."
         )
     if not math.isfinite(row["grad_norm"]):
         row["grad_norm"] = None

@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..results.summary import training_flops
 from .features import can_cache_features
 from .recipes import FULL_SIZE_STEP, Recipe
-from .schedules import in_steps
+from .schedules import in_steps, steps_text
 
 # B batch, C channels, H W image
 
@@ -79,7 +79,7 @@ class Resolution:
         if not self.is_progressive:
             return []
         initial = self.num_initial_steps(total_steps)
-        return [f"{initial:,} steps at {self.initial_size} pixels, then {total_steps - initial:,} at full size"]
+        return [f"{steps_text(initial)} at {self.initial_size} pixels, then {total_steps - initial:,} at full size"]
 
 
 def resolution_of(recipe: Recipe, chosen: frozenset[str], config: ViTScratchConfig, num_samples: int) -> Resolution:

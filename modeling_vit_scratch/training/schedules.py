@@ -13,6 +13,11 @@ def in_steps(steps: float, total_steps: int) -> int:
     return max(1, round(steps if steps >= 1 else steps * total_steps))
 
 
+def steps_text(steps: int) -> str:
+    """1 step, 2,000 steps."""
+    return f"{steps:,} step{'' if steps == 1 else 's'}"
+
+
 def num_warmup_steps(warmup_steps: float, total_steps: int) -> int:
     """Warmup in steps; a number under 1 is a share of all steps, as in transformers 5."""
     return int(warmup_steps) if warmup_steps >= 1 else math.ceil(warmup_steps * total_steps)

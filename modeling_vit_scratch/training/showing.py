@@ -14,6 +14,7 @@ from ..data.order import ResidentOrder, derived_seed
 from ..data.sources import Source
 from ..errors import UserError
 from ..results.augmentation_grid import Panel, write_augmentation_grid
+from ..results.record import public_word
 from . import effects
 from .finetuning import head_rate_scale, prepare_finetuning
 from .flags import Parser, exit_code, parse_arguments
@@ -107,7 +108,7 @@ def _title(recipe: Recipe, source: Source) -> str:
         "mixup": recipe.mixup_alpha,
         "cutmix": recipe.cutmix_alpha,
     }
-    return f"{source.name}: " + (
+    return f"{public_word(source.name)}: " + (
         ", ".join(f"{name} {value}" for name, value in on.items() if value) or "no augmentation"
     )
 

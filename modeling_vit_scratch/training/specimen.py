@@ -70,10 +70,14 @@ def make_specimen(model: ViTScratchForImageClassification, text: str):
 
 
 def _check_attention(config: ViTScratchConfig, attention: dict[str, type[nn.Module]]):
-    if config.position_embedding_type == "rope2d" or config.qk_norm or config.attention_probs_dropout_prob:
+    is_plain = {
+        "position_embedding_type=learned": config.position_embedding_type != "rope2d",
+        "qk_norm=false": not config.qk_norm,
+        "attention_probs_dropout_prob=0": not config.attention_probs_dropout_prob,
+    }
+    if missing := [override for override, holds in is_plain.items() if not holds]:
         raise UserError(
-            f"--specimen {next(iter(attention))} needs plain attention: a network without rope2d, qk_norm and "
-            "attention_probs_dropout_prob, such as --preset article_4."
+            f"--specimen {next(iter(attention))} needs plain attention: add --config_overrides {','.join(missing)}."
         )
     changed: dict[str, str] = {}
     for name, attention_class in attention.items():
