@@ -14,6 +14,6 @@ def test_two_steps_on_the_cpu_train_at_both_sizes(parquet_repo, tmp_path, capsys
     flags += ["--torch_compile", "false", "--train_batch_size", 8, "--train_val_split", 0.1, "--report_to", "none"]
     results = train(*parse_arguments([str(flag) for flag in (*flags, "--output_dir", tmp_path / "run")]))
     assert results["num_parameters"] == pytest.approx(millions * 1e6, rel=0.02)
-    assert "1 steps at 24 pixels, then 1 at full size" in capsys.readouterr().out
+    assert "1 step at 24 pixels, then 1 at full size" in capsys.readouterr().out
     losses = [row["loss"] for row in metrics(tmp_path / "run") if "loss" in row]
     assert len(losses) == 2 and losses[0] == pytest.approx(2.303, abs=0.6)  # ln 10: a head that knows nothing
