@@ -10,27 +10,23 @@ not depend on the weights.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from recorded import write_record
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification  # noqa: E402
-from modeling_vit_scratch.training.finetuning import (  # noqa: E402
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch.training.finetuning import (
     has_adapter,
     merged,
     prepare_finetuning,
     save_adapter,
 )
-from modeling_vit_scratch.training.machine import commit, versions  # noqa: E402
-from modeling_vit_scratch.training.recipes import RECIPES  # noqa: E402
+from modeling_vit_scratch.training.recipes import RECIPES
 
 MODES = (
     {"finetune": "full"},
@@ -104,12 +100,7 @@ def main():
                 rows.append(measure(preset, arguments.num_labels, fields, Path(folder)))
     print(markdown(rows))
     if arguments.output:
-        facts = {
-            "command": " ".join(["python benchmarks/finetuning_sizes.py", *sys.argv[1:]]),
-            "commit": commit(),
-            "versions": versions(),
-        }
-        Path(arguments.output).write_text(json.dumps({**facts, "results": rows}, indent=1) + "\n")
+        write_record(arguments.output, "finetuning_sizes.py", sys.argv[1:], results=rows)
 
 
 if __name__ == "__main__":
