@@ -11,9 +11,7 @@ Needs kornia, which is no dependency of the package: pip install kornia==0.9.0
 """
 
 import argparse
-import importlib.metadata
 import inspect
-import json
 import os
 import random
 import statistics
@@ -21,20 +19,15 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from recorded import write_record  # which puts the package of this checkout first
 from torchvision.transforms import InterpolationMode, v2
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification  # noqa: E402
-from modeling_vit_scratch.data.augmentation import Augmentation, Draws, Mixing  # noqa: E402
-from modeling_vit_scratch.training.machine import commit, hardware, versions  # noqa: E402
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch.data.augmentation import Augmentation, Draws, Mixing
 
 try:
     import kornia.augmentation as K
@@ -314,21 +307,16 @@ def main():
     rows = measure_draws(device)
     print(time_table(times, steps), draws_table(rows), sep="\n\n")
     if arguments.output:
-        words = ["python", "benchmarks/augmentation.py", *sys.argv[1:]]
-        accelerator = Accelerator(cpu=device.type == "cpu")
-        record = {
-            "command": " ".join(words), "commit": commit(),
-            "versions": {**versions(), "kornia": importlib.metadata.version("kornia")},
-            "hardware": hardware(accelerator), "load_before": load_before, "load_after": os.getloadavg()[0],
-            "batch_size": BATCH_SIZE, "image_size": SIZE, "preset": PRESET, "rounds": arguments.rounds,
-            "step_milliseconds": {name: summary(values) for name, values in steps.items()},
-            "milliseconds": [
+        write_record(
+            arguments.output, "augmentation.py", sys.argv[1:], device.type,
+            load_before=load_before, load_after=os.getloadavg()[0],
+            batch_size=BATCH_SIZE, image_size=SIZE, preset=PRESET, rounds=arguments.rounds,
+            step_milliseconds={name: summary(values) for name, values in steps.items()},
+            milliseconds=[
                 {"task": task, "candidate": name, **summary(values)} for (task, name), values in times.items()
             ],
-            "draws": rows,
-        }  # fmt: skip
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            draws=rows,
+        )  # fmt: skip
 
 
 def summary(values: list[float]) -> dict[str, float]:

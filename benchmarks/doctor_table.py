@@ -5,26 +5,21 @@ python benchmarks/doctor_table.py --output doctor.json  keeps the rows too
 """
 
 import argparse
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torchvision
 import transformers
+from recorded import write_record  # which puts the package of this checkout first
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification  # noqa: E402
-from modeling_vit_scratch.doctor import examine  # noqa: E402
-from modeling_vit_scratch.specimens import SPECIMENS, HealthyViT  # noqa: E402
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch.doctor import examine
+from modeling_vit_scratch.specimens import SPECIMENS, HealthyViT
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
 NUM_LABELS = 10
@@ -118,10 +113,7 @@ def main():
     bugs, clean = bug_rows(arguments.seed), clean_rows(arguments.seed)
     print(tables(bugs, clean))
     if arguments.output is not None:
-        versions = {library.__name__: library.__version__ for library in (torch, transformers, timm, torchvision)}
-        facts = {"seed": arguments.seed, "python": platform.python_version(), "versions": versions}
-        text = json.dumps({**facts, "bugs": bugs, "clean": clean}, indent=1)
-        Path(arguments.output).write_text(text + "\n", encoding="utf-8")
+        write_record(arguments.output, "doctor_table.py", sys.argv[1:], seed=arguments.seed, bugs=bugs, clean=clean)
 
 
 if __name__ == "__main__":

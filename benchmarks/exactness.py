@@ -10,13 +10,12 @@ python benchmarks/faults.py --output benchmarks/results/faults-cpu.json
 python benchmarks/resume_start.py --dataset_name datasets/cifar10 --output benchmarks/results/resume-start-cpu.json
 """
 
-import argparse
 import collections
 
 import equality
 import faults
 import resume_start
-from markers import with_table
+from markers import show_pages, with_table
 from recorded import ROOT, markdown_table
 from recorded import read_record as read
 
@@ -60,15 +59,5 @@ def with_tables(page: str) -> str:
     return page
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/exactness.md")
-    page = with_tables(PAGE.read_text(encoding="utf-8"))
-    if parser.parse_args().write:
-        PAGE.write_text(page, encoding="utf-8")
-    else:
-        print(page)
-
-
 if __name__ == "__main__":
-    main()
+    show_pages(__doc__, {PAGE: with_tables})

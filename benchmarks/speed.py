@@ -9,13 +9,11 @@ python benchmarks/input.py --cifar10 datasets/cifar10 --flowers datasets/flowers
 python benchmarks/speed.py --write    puts the tables into the two pages
 """
 
-import argparse
-
 import attention
 import end_to_end
 import input as input_speed
 import train_step
-from markers import with_table
+from markers import show_pages, with_table
 from recorded import ROOT, markdown_table
 from recorded import read_record as read
 
@@ -66,17 +64,5 @@ def with_tables(page: str) -> str:
 PAGES = {README: with_readme_tables, PAGE: with_tables}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into the pages")
-    is_written = parser.parse_args().write
-    for path, with_its_tables in PAGES.items():
-        page = with_its_tables(path.read_text(encoding="utf-8"))
-        if is_written:
-            path.write_text(page, encoding="utf-8")
-        else:
-            print(page)
-
-
 if __name__ == "__main__":
-    main()
+    show_pages(__doc__, PAGES)

@@ -82,6 +82,7 @@ def seconds(function: Callable[[], Any], device: str) -> float:
 def measure(shape: Shape, batch_size: int, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Images a second by network, the median of the rounds, and the rate of matrix products over the same time."""
     torch.manual_seed(0)
+    torch.compiler.reset()  # two libraries share a frame, whose compiled entries of other shapes would reach the limit
     device, steps = arguments.device, {}
     for name, build in PEERS.items():
         steps[name] = training_step(build(shape), shape, batch_size, precision, device)
@@ -198,7 +199,8 @@ def main():
     if arguments.output:
         settings = {name: value for name, value in vars(arguments).items() if name != "output"}
         settings["threads"] = torch.get_num_threads()
-        write_record(arguments.output, "train_step.py", sys.argv[1:], settings=settings, rows=measured)
+        words, device = sys.argv[1:], arguments.device
+        write_record(arguments.output, "train_step.py", words, device, settings=settings, rows=measured)
 
 
 if __name__ == "__main__":
