@@ -33,7 +33,7 @@ from modeling_vit_scratch.results.examined import (
     telling_images,
 )
 from modeling_vit_scratch.results.metrics import calibration
-from modeling_vit_scratch.results.record import read_run
+from modeling_vit_scratch.results.record import read_run, weights_text
 from modeling_vit_scratch.results.report import write_report
 from modeling_vit_scratch.results.report_charts import (
     MOST_POINTS,
@@ -326,3 +326,15 @@ def test_a_mosaic_keeps_its_tiles_apart():
     assert sheet.shape == (8, 7, 4)
     np.testing.assert_array_equal(sheet[3:5, 4:7, :3], tiles[3])
     assert (sheet[2, :, 3] == 0).all() and (sheet[6:, 4:, 3] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "recorded, said",
+    [(None, "those of the last step"),
+     ("last", "those of the last step"),
+     ("last, averaged", "those of the last step, an average over steps"),
+     ("best at step 40", "those that validated best, of step 40"),
+     ("best at step 40, averaged", "those that validated best, of step 40, an average over steps")],
+)  # fmt: skip
+def test_which_weights_were_kept_is_said_in_words(recorded, said):
+    assert weights_text({} if recorded is None else {"weights": recorded}) == said

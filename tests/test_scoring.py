@@ -76,7 +76,8 @@ def test_a_run_scores_what_it_scored(digits, capsys, tmp_path):
     assert found["confusion"] == results["confusion"]["test"] and found["num_images"] == 360
     code, out, _ = evaluated(capsys, folder, "--test_dir", photos)
     assert code == 0 and f"{100 * results['test_accuracy']:.2f}%  95% interval" in out
-    assert "360 images of 10 classes" in out and "Confusion (row: true class, column: answer):" in out
+    assert f"{folder} on {photos.name}: 360 images of 10 classes" in out
+    assert "Confusion (row: true class, column: answer):" in out
 
 
 def test_calibration_and_intervals_are_those_of_the_predictions(digits, capsys, tmp_path):

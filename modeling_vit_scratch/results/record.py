@@ -163,9 +163,14 @@ def overfitting_note(evaluations: list[Row]) -> str | None:
 
 
 def weights_text(results: dict[str, Any]) -> str:
-    """Which weights the run kept and scored, from the record's "last" or "best at step N"."""
-    weights = str(results.get("weights") or "last")
-    return "those of the last step" if weights == "last" else f"those that validated best, {weights}"
+    """Which weights the run kept and scored, from the record's "last" or "best at step N", with ", averaged" or not."""
+    which, _, averaged = str(results.get("weights") or "last").partition(", ")
+    text = (
+        "those of the last step"
+        if which == "last"
+        else f"those that validated best, of {which.removeprefix('best at ')}"
+    )
+    return f"{text}, an average over steps" if averaged else text
 
 
 def judged_split(table: dict[str, Any] | None) -> str | None:

@@ -24,12 +24,17 @@ def score_text(results: dict[str, Any]) -> str:
 
 def heading(results: dict[str, Any]) -> str:
     """What was scored on what, in which time."""
-    data = results["dataset"]
     return (
-        f"{results['model']} on the {data['split']} split of {data['name']}: {results['num_images']:,} images of "
+        f"{results['model']} on {_data_of(results)}: {results['num_images']:,} images of "
         f"{count_of(present(results['per_class']))} in {results['seconds']:.1f} s, "
         f"{results['images_per_second']:,.0f} images/s with decoding"
     )
+
+
+def _data_of(results: dict[str, Any]) -> str:
+    """The dataset's split, or the folder, which has none."""
+    data = results["dataset"]
+    return data["name"] if data["split"] is None else f"the {data['split']} split of {data['name']}"
 
 
 def count_of(rows: list[Any]) -> str:
@@ -110,12 +115,12 @@ def confusion(counts: list[list[int]], class_names: list[str]) -> str:
 
 def write_confusion(path: str | Path, results: dict[str, Any]) -> Path | None:
     """The path of the PNG it writes, the confusion matrix; None, and no file, where classes are too many to draw."""
-    path, split = Path(path), results["dataset"]["split"]
+    path = Path(path)
     record = RunRecord(path.parent, {}, {**results, "confusion": {"test": results["confusion"]}}, [], [])
     figure = confusion_figure(record, LIGHT)
     if figure is None:
         return None
-    title = f"Confusion, {split} split of {printable(results['dataset']['name'])}"
+    title = f"Confusion on {printable(_data_of(results))}"
     figure.axes[0].set_title(title, loc="left", fontsize=11, fontweight="bold", color=LIGHT.text, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png_bytes(figure))

@@ -273,7 +273,11 @@ def _run(own: Any):
     bad = leave_out_bad_images(accelerator, source, split) if options.bad_images == "skip" else []
     results = {
         "model": own.model,
-        "dataset": {"name": source.name, "repository": source.repository, "split": split},
+        "dataset": {
+            "name": source.name,
+            "repository": source.repository,
+            "split": None if own.test_dir else split,  # a folder has none
+        },
         **score(model, processor, source, split, accelerator, options.eval_batch_size, options.dataloader_num_workers),
         "bad_images": [image.name for image in bad],
         "num_processes": accelerator.num_processes,
