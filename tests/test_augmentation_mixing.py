@@ -109,6 +109,13 @@ def test_partners_are_drawn_evenly_among_the_others_of_a_residue_class(size):
     assert np.abs(pairs - expected).max() < 0.16  # standard error 0.02 of one in seven, over up to 40,000 pairs
 
 
+@pytest.mark.parametrize(
+    "size, world_sizes", [(128, (2, 3, 4, 6, 12)), (1024, (2, 3, 4, 6, 8, 12, 16, 32)), (4096, (8, 16, 24, 64, 128))]
+)
+def test_usual_numbers_of_processes_find_partners_at_home(size, world_sizes):
+    assert all(num_groups(size) % world_size == 0 for world_size in world_sizes)
+
+
 def test_a_batch_of_one_image_is_not_mixed():
     images, labels = batch(1)
     mixed, targets = BOTH(images, labels, draws_of(1), 7)

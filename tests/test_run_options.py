@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_run_train import equal, metrics, run, weights
+from test_run_train import TINY, equal, metrics, run, weights
 
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.training import loop
+from modeling_vit_scratch.training.guard import FiniteGuard
 from modeling_vit_scratch.training.recipes import RECIPES
 from modeling_vit_scratch.training.recording import read_metrics
 from modeling_vit_scratch.training.schedules import learning_rate_at
@@ -128,6 +129,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_its_weights_whole(tmp_
     assert all(np.isfinite(row.get("loss", 0)) for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
 
 
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_what_the_guard_found_is_not_lost_in_a_checkpoint(tmp_path, monkeypatch, optim):
+    """A GPU is not waited for at each step: what saves between two logging steps must ask."""
+    monkeypatch.setattr(loop, "FiniteGuard", lambda optimizer, device, may_wait: FiniteGuard(optimizer, device, False))
+    real, counter = loop.poisoned, iter(range(100))
+    monkeypatch.setattr(loop, "poisoned", lambda loss: real(loss * (float("inf") if next(counter) >= 2 * 5 else 1)))
+    with pytest.raises(UserError, match=r"not finite at step 6, .*The last good checkpoint is .*step-000005"):
+        run(tmp_path / "run", "--max_steps", 20, "--save_minutes", 1e-9, "--logging_steps", 20, "--optim", optim)
+
+
 def test_class_weights_balance_what_the_classes_weigh(image_folder):
     from modeling_vit_scratch.data.sources import open_source
 
@@ -146,7 +157,8 @@ def test_a_rare_class_is_not_forgotten(image_folder, tmp_path, flags):
     train = image_folder("train", size=(8, 8), cat=54, dog=6)
     test = image_folder("test", size=(8, 8), seed=900, cat=30, dog=30)
     common = ["--train_dir", train, "--test_dir", test, "--recipe", "cifar10", "--max_steps", 30,
-              "--train_val_split", 0, "--learning_rate", 3e-4, "--train_batch_size", 30]  # fmt: skip
+              "--train_val_split", 0, "--learning_rate", 3e-4, "--train_batch_size", 30, "--config_overrides",
+              f"{TINY},zero_init_residual=false,position_init=trunc_normal"]  # fmt: skip
     plain = run(tmp_path / "plain", *common)
     balanced = run(tmp_path / "balanced", *common, *flags)
 

@@ -1,7 +1,8 @@
 """From an encoded example to uint8 pixels, the same for training, evaluation and prediction.
 
 Any kind of picture comes out as it does in a pipeline of transformers: upright by its EXIF, the first of several frames
-or pages, channels by `pil_to_channels`, which says what becomes of transparency, 16 bits and fractions.
+or pages, channels by `pil_to_channels`, which says what becomes of transparency and fractions, and of 16 bits, where
+ours differs.
 """
 
 import errno
@@ -25,7 +26,7 @@ from .examples import Example
 from .order import derived_seed
 
 try:
-    import simplejpeg  # PIL's pixels, bit for bit: 628 -> 937 imagenet crops a second and core (benchmarks/input.py)
+    import simplejpeg  # PIL's pixels, bit for bit: 800 -> 1,043 imagenet crops a second and core (benchmarks/input.py)
 except ImportError:
     simplejpeg = None
 
@@ -34,7 +35,7 @@ Processor = ViTScratchImageProcessor | ViTScratchImageProcessorPil
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")  # PIL would try EPS, WMF and others too
 MAX_PIXELS = 80_000_000  # a file of 12 kB can claim more: a decompression bomb; PIL itself only warns at 89 million
 # By what a JPEG's codec may shrink a training image, down to the size asked for. Crops of 25 % to 100 % of 1,000 pixels
-# to 224: 144 -> 193 images/s on a core (benchmarks/input.py), and pixels that differ by 0.6 of 255 in the mean; crops
+# to 224: 167 -> 227 images/s on a core (benchmarks/input.py), and pixels that differ by 0.6 of 255 in the mean; crops
 # of photographs of 256 pixels to 56: by 1.2. Down to twice that size it would be 0.4 and 0.6, for 3 % and not 34 %.
 CODEC_DIVISORS = (8, 4, 2)
 TORCH_MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}

@@ -54,7 +54,7 @@ class ArrayExamples:
 
 
 class FolderExamples:
-    """Image files with labels given by their folders. One shard; the order is that of the sorted paths."""
+    """Image files with the labels of their folders or a metadata file. One shard, in the order of the sorted paths."""
 
     def __init__(self, paths: list[str], labels: list[Any]):
         self.paths, self.label_values = paths, labels

@@ -14,13 +14,22 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from ..errors import UserError
+from .augmentation.draws import send
 from .class_mix import ClassMix
 from .decoding import Decoder
 from .examples import Example
 from .order import BalancedOrder, ResidentOrder, StreamOrder
 from .sources import Source, Split
 
-RESIDENT_BYTES = 2 * 1024**3  # sets that decode to no more than this are decoded once and kept
+RESIDENT_BYTES = 2 * 1024**3  # splits that decode to no more than this are decoded once and kept
+GPU_SHARE = 16  # and to no more than this part of a GPU's memory: there are three of them
+
+
+def resident_bytes() -> int:
+    """The most that is kept of a split."""
+    if not torch.cuda.is_available():
+        return RESIDENT_BYTES
+    return min(RESIDENT_BYTES, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // GPU_SHARE)
 
 
 @dataclass
@@ -75,7 +84,7 @@ class ResidentImages:
         self.images, self.labels = images.to(device), labels.to(device)
 
     def gather(self, samples: np.ndarray, positions: np.ndarray) -> Batch:
-        index = torch.from_numpy(samples).to(self.images.device)
+        index = send(torch.from_numpy(samples), self.images.device)
         return Batch(self.images[index], self.labels[index], torch.from_numpy(positions))
 
 
@@ -116,10 +125,12 @@ def joined(parts: list[Batch]) -> Batch:
         return parts[0]
     order = torch.cat([part.positions for part in parts]).argsort()
     rows = [image for part in parts for image in part.images]
-    # row by row: less than half the time of an index into their concatenation, in the process that trains
-    images = torch.stack([rows[index] for index in order.tolist()])
+    # row by row: less than half the time of an index into their concatenation, in the process that trains; into pinned
+    # memory, where there is a GPU to copy it to
+    images = torch.empty(len(rows), *rows[0].shape, dtype=rows[0].dtype, pin_memory=torch.cuda.is_available())
+    torch.stack([rows[index] for index in order.tolist()], out=images)
     labels, positions = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("labels", "positions"))
-    return Batch(images, labels, positions)
+    return Batch(images, labels.pin_memory() if torch.cuda.is_available() else labels, positions)
 
 
 class _StepDataset(Dataset):
@@ -276,7 +287,7 @@ class TrainingData:
         workers = max(1, min(self.num_workers, -(-self.order.num_lanes // self.world_size)))
         parts: list[Batch | None] = []
         # a DataLoader takes one item of each worker in turn, so `workers` items in a row are one step
-        for part in _load(dataset, workers if self.num_workers else 0):
+        for part in _load(dataset, workers if self.num_workers else 0, pins=workers == 1):  # `joined` pins several
             parts.append(part)
             if len(parts) < workers:
                 continue
@@ -287,7 +298,7 @@ class TrainingData:
 def is_resident(source: Source, split: Split, decoder: Decoder) -> bool:
     """Whether a split is decoded once and kept: no draw at decoding, and small enough."""
     image_bytes = decoder.size[0] * decoder.size[1] * decoder.processor.num_channels
-    return not source.streaming and decoder.crop_scale is None and len(split) * image_bytes <= RESIDENT_BYTES
+    return not source.streaming and decoder.crop_scale is None and len(split) * image_bytes <= resident_bytes()
 
 
 class EvaluationData:
@@ -334,7 +345,7 @@ def _leave_process_group(_worker: int):
         os.setpgid(0, 0)
 
 
-def _load(dataset: Any, num_workers: int, sampler: range | None = None) -> Iterator[Batch | None]:
+def _load(dataset: Any, num_workers: int, sampler: range | None = None, pins: bool = True) -> Iterator[Batch | None]:
     # a generator of its own: a DataLoader without one draws its base seed from the global one, which is the model's
     loader = DataLoader(
         dataset,
@@ -342,7 +353,7 @@ def _load(dataset: Any, num_workers: int, sampler: range | None = None) -> Itera
         sampler=sampler,
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pins and torch.cuda.is_available(),
         generator=torch.Generator(),
         worker_init_fn=_leave_process_group,
     )

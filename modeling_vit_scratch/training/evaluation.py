@@ -1,5 +1,6 @@
 """Scores of a split, counted over all processes: no sample twice, none left out."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,13 @@ class Evaluation:
         return self.objective.details(self.kept, self.references, class_names)
 
 
+def uncompiled(model: torch.nn.Module) -> AbstractContextManager:
+    """Within it a compiled network runs as it was written. Scores are few: their graphs, of other batches and without
+    gradients, would be compiled too, and those of training then anew, for batches of any size."""
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+
+
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
@@ -52,7 +60,8 @@ def evaluate(
     parts = [[torch.empty(0, dtype=torch.int64, device=device), objective.kept(nothing), no_labels, nothing[:, 0]]]
     for batch in data.batches():
         batch = batch.to(device)
-        with accelerator.autocast():  # averaged weights are a network of their own, which accelerate did not wrap
+        # averaged weights are a network of their own, which accelerate did not wrap
+        with accelerator.autocast(), uncompiled(model):
             logits = model(pixel_values=normalise(batch.images, *normalisation, dtype)).logits.to(dtype)
         samples = batch.positions.to(device, non_blocking=True)
         parts.append([samples, objective.kept(logits), batch.labels, objective.losses(logits, batch.labels)])

@@ -100,7 +100,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         skipped = leave_out_bad_images(accelerator, source, output_dir)
         hold_out(source, recipe.train_val_split, recipe.seed)
     set_seed(derived_seed(recipe.seed, "initialisation") % 2**32)
-    model, processor, loading_report = build_network(recipe, chosen, source)
+    model, processor, loading_report = first_on_each_node(accelerator, lambda: build_network(recipe, chosen, source))
     num_parameters, finetuning = model.num_parameters(), prepare_finetuning(model, recipe)
     decoder, augment = build_augmentation(recipe, processor)
     batch_size, num_samples, num_labels = recipe.train_batch_size, len(source.splits["train"]), len(source.class_names)
@@ -320,6 +320,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             is_best = recipe.load_best_model_at_end and position.best_step == position.step
             stopping, minutes_are_up = interruptions.after(position.step)
             if is_best or is_saved or minutes_are_up or last or stopping:
+                guard.check(rate, where_to_go_on)  # what it found must not be lost with it
                 folder = state.save()
                 interruptions.saved()
                 if stopping:  # after the last step too: what is left are scores, which the same command computes

@@ -8,13 +8,21 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 
 from ..errors import UserError
 from . import sharding
@@ -23,6 +31,7 @@ from .recipes import PLACES, Recipe
 Result = TypeVar("Result")
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+LONGEST_WAIT = timedelta(hours=3)  # for the process that downloads, decodes or writes; NCCL's own is ten minutes
 
 
 def check_launch(num_processes: int):
@@ -35,8 +44,18 @@ def check_launch(num_processes: int):
     )
     if asked is not None and int(asked) != num_processes:
         raise UserError(f"{asked} processes were launched, but each of them is on its own ({num_processes}). {remedy}")
-    if asked is None and "MASTER_ADDR" in environment:
+    if asked is None and _is_meant_for_several():
         raise UserError(f"Several processes were asked for, but the launcher started one. {remedy}")
+
+
+def _is_meant_for_several() -> bool:
+    """Whether `accelerate launch` itself, and not the shell around it, named a place where processes meet."""
+    if not {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= set(os.environ):
+        return False
+    try:
+        return "MASTER_ADDR" not in psutil.Process().parent().environ()
+    except (psutil.Error, AttributeError):
+        return True
 
 
 def keep_freed_memory():
@@ -71,7 +90,10 @@ def start_accelerator(
             raise UserError("--use_fsdp has no effect here: only training shards a network. Leave it out.")
         sharding.set_up_environment()
     project = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir))
-    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    handlers = [
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+    ]
     # TensorBoard would lie in a folder of the project's name, which is what the others get
     chosen = [TensorBoardTracker(name, str(output_dir)) if name == "tensorboard" else name for name in trackers]
     accelerator = Accelerator(log_with=chosen or None, project_config=project, kwargs_handlers=handlers)
@@ -106,17 +128,22 @@ def refuse_precision(accelerator: Accelerator, recipe: Recipe):
 
 
 def first_on_each_node(accelerator: Accelerator, act: Callable[[], Result]) -> Result:
-    """What `act` gives, done by one process of each node before the others; no process waits for one that failed."""
+    """What `act` gives, done by one process of each node before the others; no process waits for one that failed.
+
+    A UserError that any of them meets, even one alone, is raised in all.
+    """
     result, wrong = None, None
     for is_first in (True, False):
         if accelerator.is_local_main_process is is_first:
             try:
                 result = act()
             except UserError as error:
-                wrong = error
+                wrong = str(error)
         accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        wrong = next((text for text in gather_object([wrong]) if text is not None), None)
     if wrong is not None:
-        raise wrong
+        raise UserError(wrong)
     return result
 
 

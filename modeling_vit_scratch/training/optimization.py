@@ -100,8 +100,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """Muon on the groups that are hidden matrices and torch.optim.AdamW on the rest, as one optimizer.
 
     Its groups stand in the order given and its state is that of both, so that it is saved, loaded, scaled and cleared
-    like any other; a step lends groups and state to the two.
+    like any other; a step lends groups and state to the two, and what says that it must be left out.
     """
+
+    _step_supports_amp_scaling = True  # both leave out a step where `found_inf` is set, and wait for nothing to know
 
     def __init__(self, settings: list[dict[str, Any]], muon: dict[str, Any], adamw: dict[str, Any]):
         hidden = [group for group in settings if group["is_hidden_matrix"]]
@@ -119,6 +121,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             # here, not once: load_state_dict puts new objects in the place of both
             part.param_groups = [group for group in self.param_groups if group["is_hidden_matrix"] == is_hidden]
             part.state = self.state
+            for name in ("grad_scale", "found_inf"):  # GradScaler takes them away after a step
+                setattr(part, name, getattr(self, name, None))
             part.step()
         return result
 
@@ -196,5 +200,6 @@ def optimizer_warning(recipe: Recipe, total_steps: int) -> str | None:
         return None
     return (
         "SGD without warmup may not train a ViT: the loss can stay at ln(number of classes), most of all with a class "
-        "token. If it does, try --warmup_steps 0.05, --optim adamw, or --config_overrides pooling=mean."
+        "token. If it does, try a higher --learning_rate (0.1), --warmup_steps 0.05, --optim adamw, or "
+        "--config_overrides pooling=mean."
     )

@@ -10,6 +10,8 @@ from .draws import Draws, choose, send
 
 # B batch, C channels, H W image, K labels
 
+NUMS_OF_GROUPS = (1, 2, 3, 4, 6, 8, 12, 24, 48, 96, 192, 384)
+
 Gather = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
@@ -107,10 +109,10 @@ def _inside(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def num_groups(batch_size: int) -> int:
     """Into how many groups of partners a global batch is dealt: as many processes, or a divisor, need no exchange.
 
-    The largest divisor of 24 that leaves each group eight members or more; it does not depend on the processes, and so
-    neither do the partners.
+    The largest of NUMS_OF_GROUPS that leaves each group eight members or more; it does not depend on the processes, and
+    so neither do the partners.
     """
-    return max(divisor for divisor in (1, 2, 3, 4, 6, 8, 12, 24) if divisor <= max(1, batch_size // 8))
+    return max(number for number in NUMS_OF_GROUPS if number <= max(1, batch_size // 8))
 
 
 def partner_positions(draws: Draws) -> torch.Tensor:
