@@ -95,7 +95,8 @@ class ViTScratchConfig(PreTrainedConfig):
     pooler_output_size: int | None = None  # width of the classifier's hidden layer; None: hidden_size
 
     # --- initialisation of matrices
-    weight_init: str = "normal"  # "normal": transformers; "trunc_normal": timm, DeiT; "torch": PyTorch's own defaults
+    # "normal": transformers; "trunc_normal": timm, DeiT; "xavier_uniform": our presets; "torch": PyTorch's own defaults
+    weight_init: str = "normal"
     zero_init_residual: bool = False  # attention output and second MLP matrix start at zero: each layer is the identity
 
     def __post_init__(self, **kwargs: Any):
@@ -317,6 +318,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vit_m_4": _small(256, 8, 4, 4, 4),
     "vit_s8_4": _small(384, 8, 6, 4, 4),
     "vit_s_4": _small(384, 12, 6, 4, 4),
+    "micro_8": _small(128, 6, 4, 2, 8, image_size=64),
     "vit_m_2": _small(256, 8, 4, 4, 2),
     "vit_s_2": _small(384, 12, 6, 4, 2),
     # smaller images, ours: 28-pixel digits (16 tokens) and scikit-learn's 8-pixel digits (16 tokens)

@@ -15,8 +15,8 @@ from modeling_vit_scratch.specimens import SPECIMENS, ReshapedPatchify, optimize
 from modeling_vit_scratch.training import loop
 from modeling_vit_scratch.training.article_recipes import ARTICLES, MENDED, PRINTED
 from modeling_vit_scratch.training.flags import parse_arguments
-from modeling_vit_scratch.training.network import parse_overrides
 from modeling_vit_scratch.training.optimization import OPTIMIZERS, parameter_groups
+from modeling_vit_scratch.training.overrides import parse_overrides
 from modeling_vit_scratch.training.recipes import RECIPES
 from modeling_vit_scratch.training.schedules import learning_rate_at
 from modeling_vit_scratch.training.specimen import INTO_OURS, make_specimen

@@ -6,7 +6,7 @@ import pytest
 
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.training.flags import build_parser, main, parse_arguments
-from modeling_vit_scratch.training.network import parse_overrides
+from modeling_vit_scratch.training.overrides import merged_overrides, parse_overrides
 from modeling_vit_scratch.training.recipes import FIELDS, GROUPS, MAY_CHANGE_ON_RESUME, RECIPES
 
 
@@ -120,12 +120,22 @@ def test_recipes_bear_their_names_and_say_how_long_they_train():
         assert (recipe.max_steps is None) != (recipe.num_train_epochs is None)
 
 
+def test_overrides_join_those_of_the_recipe():
+    own = parse_overrides(RECIPES["cifar10"].config_overrides)
+    assert own and "drop_path_rate" not in own
+    chosen = recipe_of("--recipe", "cifar10", "--config_overrides", "drop_path_rate=0.1,zero_init_residual=false")
+    assert parse_overrides(chosen.config_overrides) == {**own, "drop_path_rate": 0.1, "zero_init_residual": False}
+    assert recipe_of("--recipe", "cifar10", "--config_overrides", "none").config_overrides is None
+
+
 def test_overrides_are_typed_and_may_hold_lists():
     assert parse_overrides("pooling=mean, hidden_size=192,image_size=[32,64],layer_scale_init=null,qkv_bias=false") == {
         "pooling": "mean", "hidden_size": 192, "image_size": [32, 64], "layer_scale_init": None, "qkv_bias": False,
     }  # fmt: skip
     assert parse_overrides("layer_norm_eps=1e-6") == {"layer_norm_eps": 1e-6}  # which YAML 1.1 takes for text
     assert parse_overrides(None) == {}
+    assert merged_overrides("a=1, image_size=[32,64]", "a=[2,3],b=4") == "image_size=[32,64],a=[2,3],b=4"
+    assert merged_overrides("a=1", None) == "a=1" and merged_overrides(None, " , ") is None
     with pytest.raises(UserError, match="No config field 'poling'. Did you mean 'pooling'?"):
         parse_overrides("poling=mean")
     with pytest.raises(UserError, match="takes \"field=value,field=value\", got 'mean'"):

@@ -15,6 +15,7 @@ import yaml
 from safetensors import SafetensorError
 
 from ..errors import UserError, unknown
+from .overrides import merged_overrides
 from .recipes import COUNTED_LENGTHS, FIELDS, FINETUNING, GROUPS, RECIPES, Recipe
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -42,7 +43,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="run_train.py",
         description="Trains a Vision Transformer, scores it and saves it as a Hub repository.",
-        epilog=f"Recipes: {', '.join(RECIPES)}. A flag overrides the recipe; the recipe's value is shown in brackets.",
+        epilog=f"Recipes: {', '.join(RECIPES)}. A flag overrides the recipe. In brackets: where neither says.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -130,8 +131,8 @@ def parse_arguments(arguments: list[str]) -> tuple[Recipe, frozenset[str]]:
 
 
 def combine(recipe: Recipe, chosen: dict[str, Any]) -> Recipe:
-    """The recipe with the chosen fields over it; one kind of data or of length replaces the recipe's other, and the
-    recipe finetune takes what goes with --finetune."""
+    """The recipe with the chosen fields over it; one kind of data or of length replaces the recipe's other, fields of
+    config_overrides join the recipe's, and the recipe finetune takes what goes with --finetune."""
     changes = dict(chosen)
     if recipe.recipe == "finetune":
         changes = FINETUNING.get(chosen.get("finetune", recipe.finetune).partition(":")[0], {}) | changes
@@ -139,6 +140,8 @@ def combine(recipe: Recipe, chosen: dict[str, Any]) -> Recipe:
         if chosen.get("dataset_name") is not None:
             raise UserError("--train_dir and --dataset_name both name the training images: give one of them.")
         changes["dataset_name"] = None
+    if chosen.get("config_overrides") is not None:
+        changes["config_overrides"] = merged_overrides(recipe.config_overrides, chosen["config_overrides"])
     if any(chosen.get(name) is not None for name in LENGTHS):
         changes |= {name: None for name in LENGTHS if chosen.get(name) is None}
     return recipe.replace(**changes)

@@ -1,12 +1,10 @@
 """From a recipe to its images, and to the network, image processor and augmentation that fit them."""
 
-import contextlib
 from typing import Any
 
-import yaml
 from transformers.utils import is_torchvision_available
 
-from ..configuration_vit_scratch import PRESETS, ViTScratchConfig, architecture_fields, pair
+from ..configuration_vit_scratch import PRESETS, ViTScratchConfig, pair
 from ..data.augmentation import Augmentation
 from ..data.decoding import Decoder, Processor, probe
 from ..data.sources import Source, open_source
@@ -14,49 +12,12 @@ from ..errors import UserError, unknown
 from ..image_processing_vit_scratch import ViTScratchImageProcessor, ViTScratchImageProcessorPil
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..weights import LoadingReport, load_pixel_facts, load_pretrained
+from .overrides import parse_overrides
 from .recipes import Recipe
 from .specimen import make_specimen
 
 NUM_PROBED = 16  # images looked at to tell size and channels
 SMALL = 96  # pixels: images of one size up to this are seen whole, at that size
-
-
-def parse_overrides(text: str | None) -> dict[str, Any]:
-    """The fields of "pooling=mean,hidden_size=192"; values are YAML, so [32,64] and null work.
-
-    Raises UserError for a part without "=", and for a name that is no field of the architecture.
-    """
-    values: dict[str, Any] = {}
-    for part in _split_outside_brackets(text or ""):
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise UserError(f'--config_overrides takes "field=value,field=value", got {part!r}.')
-        if name.strip() not in architecture_fields():
-            raise unknown("config field", name.strip(), architecture_fields())
-        values[name.strip()] = _parsed(part, value)
-    return values
-
-
-def _parsed(part: str, text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--config_overrides: {part.strip()!r} has no value that can be read.") from None
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)  # YAML 1.1 takes 1e-6 for text
-    return value
-
-
-def _split_outside_brackets(text: str) -> list[str]:
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "[(") - (letter in "])")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part for part in parts if part.strip()]
 
 
 def source_of(recipe: Recipe) -> Source:

@@ -63,13 +63,15 @@ class Recipe:
 
     # --- network
     preset: str = flag("micro", NETWORK, "the network's name (vit_b_16, micro, article_4, ...)")
-    config_overrides: str | None = flag(None, NETWORK, 'fields over the preset: "pooling=mean,hidden_size=192"')
+    config_overrides: str | None = flag(
+        None, NETWORK, 'fields over the preset and over the recipe\'s own: "pooling=mean,hidden_size=192"; or "none"'
+    )
     specimen: str | None = flag(
         None, NETWORK, "bugs put into the network on purpose, names with commas (merged_without_transpose, ...); it is "
         "trained and scored, not published",
     )  # fmt: skip
     model_name_or_path: str | None = flag(
-        None, NETWORK, "a pretrained checkpoint to start from, on the Hub or a folder"
+        None, NETWORK, "a pretrained checkpoint to start from: a Hub name, a folder or a file of weights"
     )
     finetune: str = flag(
         "full", NETWORK, "what is trained of the checkpoint: full, head, last:K (layers), attention or lora"
@@ -347,7 +349,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     # accelerate launch run_train.py --train_dir photos/train
     "folder": Recipe(
-        recipe="folder", preset="micro", image_size=64, config_overrides="patch_size=8", num_train_epochs=50,
+        recipe="folder", preset="micro_8", image_size=64, num_train_epochs=50,
         train_batch_size=64, learning_rate=1e-3, label_smoothing_factor=0.1, horizontal_flip_prob=0.5,
         random_resized_crop_scale=0.25, train_val_split=0.15,
     ),

@@ -14,8 +14,8 @@ from ..errors import UserError, unknown
 from ..results.sweep_plot import value_text, values_text
 from . import effects
 from .flags import Parser, parse_arguments, parse_value
-from .network import parse_overrides
-from .recipes import FIELDS, Recipe
+from .overrides import merged_overrides, parse_overrides, split_outside_brackets
+from .recipes import FIELDS, RECIPES, Recipe
 
 LONGEST_NAME = 120  # letters of a run's folder; longer names are cut and end in a digest
 TOGETHER = 'Fields that must change together share an axis: --grid "pooling:use_cls_token=cls:true,mean:false".'
@@ -127,7 +127,9 @@ def parse_sweep(arguments: list[str]) -> Plan:
         raise UserError("--push_to_hub would push every run of a sweep: leave it out and `vit-scratch push` the best.")
     axes = [parse_axis(text) for text in own.grid]
     fields = [name for axis in axes for name in axis.names]
-    given_fields = parse_overrides(base.config_overrides) if "config_overrides" in chosen else {}
+    recipes_own = parse_overrides(RECIPES[base.recipe].config_overrides)
+    overrides = parse_overrides(base.config_overrides).items()
+    given_fields = {name for name, value in overrides if name not in recipes_own or recipes_own[name] != value}
     for name in fields:
         if fields.count(name) > 1:
             raise UserError(f"--grid names {name} twice: put all its values on one axis.")
@@ -165,8 +167,8 @@ def parse_axis(text: str) -> Axis:
         if name not in FIELDS and name not in architecture_fields():
             raise unknown("flag or config field", name, {*FIELDS, *architecture_fields()} - set(NOT_SWEPT))
     texts, values = [], []
-    for entry in _split_outside_brackets(right, ","):
-        parts = tuple(part.strip() for part in _split_outside_brackets(entry, ":" if len(names) > 1 else "\0"))
+    for entry in split_outside_brackets(right, ","):
+        parts = tuple(part.strip() for part in split_outside_brackets(entry, ":" if len(names) > 1 else "\0"))
         if not all(parts):
             raise UserError(f"--grid {left} has an empty value in {right!r}.")
         if len(parts) != len(names):
@@ -177,10 +179,6 @@ def parse_axis(text: str) -> Axis:
         texts.append(parts)
         values.append(value)
     return Axis(names, texts, values)
-
-
-def _split_outside_brackets(text: str, separator: str) -> list[str]:
-    return re.split(re.escape(separator) + r"(?![^\[(]*[\])])", text)
 
 
 def _typed(name: str, text: str) -> Any:
@@ -214,9 +212,8 @@ def combined_run(folder: Path, words: list[str], axes: list[Axis], places: tuple
     try:
         recipe, chosen = parse_arguments([*words, *flags])
         if fields:
-            kept = _split_outside_brackets(recipe.config_overrides or "", ",")
-            kept = [part.strip() for part in kept if part.partition("=")[0].strip() not in {*fields, ""}]
-            overrides = ",".join([*kept, *(f"{name}={text}" for name, text in fields.items())])
+            swept = ",".join(f"{name}={text}" for name, text in fields.items())
+            overrides = merged_overrides(recipe.config_overrides, swept)
             recipe, chosen = recipe.replace(config_overrides=overrides), chosen | {"config_overrides"}
         is_idle, _ = effects.IDLE_IN_RECIPE["metric_for_best_model"]
         if is_idle(recipe):  # idle in the run, but not in the sweep, which is ranked by it

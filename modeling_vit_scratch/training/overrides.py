@@ -1,0 +1,56 @@
+"""--config_overrides: fields of the configuration over the preset, "pooling=mean,hidden_size=192"."""
+
+import contextlib
+import re
+from typing import Any
+
+import yaml
+
+from ..configuration_vit_scratch import architecture_fields
+from ..errors import UserError, unknown
+
+
+def parse_overrides(text: str | None) -> dict[str, Any]:
+    """The fields of "pooling=mean,hidden_size=192"; values are YAML, so [32,64] and null work.
+
+    Raises UserError for a part without "=", and for a name that is no field of the architecture.
+    """
+    values: dict[str, Any] = {}
+    for part in _parts(text):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f'--config_overrides takes "field=value,field=value", got {part!r}.')
+        if name.strip() not in architecture_fields():
+            raise unknown("config field", name.strip(), architecture_fields())
+        values[name.strip()] = _parsed(part, value)
+    return values
+
+
+def merged_overrides(first: str | None, second: str | None) -> str | None:
+    """The fields of both texts as one; where both name a field, the second has it."""
+    parts: dict[str, str] = {}
+    for part in _parts(first) + _parts(second):
+        name = part.partition("=")[0].strip()
+        parts.pop(name, None)
+        parts[name] = part.strip()
+    return ",".join(parts.values()) or None
+
+
+def _parts(text: str | None) -> list[str]:
+    return [part for part in split_outside_brackets(text or "", ",") if part.strip()]
+
+
+def split_outside_brackets(text: str, separator: str) -> list[str]:
+    """The parts of the text between separators that do not stand within brackets."""
+    return re.split(re.escape(separator) + r"(?![^\[(]*[\])])", text)
+
+
+def _parsed(part: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--config_overrides: {part.strip()!r} has no value that can be read.") from None
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)  # YAML 1.1 takes 1e-6 for text
+    return value
