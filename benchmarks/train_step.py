@@ -2,7 +2,7 @@
 
 python benchmarks/train_step.py                                              d192 at 32 px, batch 128, float32 and bf16
 python benchmarks/train_step.py --shapes nano,micro,d192,vit_s_4,vit_ti_16,vit_s_16,vit_b_16 --compile
-    --output benchmarks/results/train-step-cpu.json                          keeps the numbers
+python benchmarks/train_step.py --output benchmarks/results/train-step-cpu.json   keeps the numbers
 python benchmarks/train_step.py --device cuda --compile --batch_size 512 --shapes vit_s_16
 
 A step is forward in autocast, cross-entropy, backward, fused AdamW. The networks take turns within one process, in
@@ -28,6 +28,8 @@ from peers import OURS, PEERS, SHAPES, Shape, ours
 from recorded import markdown_table, write_record
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_vit_scratch.training.machine import keep_freed_memory
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 PRECISION_NAMES = {"no": "float32", "bf16": "bf16"}  # in tables
@@ -191,6 +193,7 @@ def main():
     arguments.shapes, arguments.precisions = arguments.shapes.split(","), arguments.precisions.split(",")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as run_train.py does; it serves all of them
     measured = []
     for row in rows(arguments):
         measured.append(row)
