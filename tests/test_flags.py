@@ -128,6 +128,13 @@ def test_overrides_join_those_of_the_recipe():
     assert recipe_of("--recipe", "cifar10", "--config_overrides", "none").config_overrides is None
 
 
+def test_overrides_of_the_command_line_join_those_of_a_file(tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("config_overrides: pooling=mean,drop_path_rate=0.1")
+    chosen = recipe_of("--config", str(file), "--config_overrides", "drop_path_rate=0.2,qkv_bias=false")
+    assert parse_overrides(chosen.config_overrides) == {"pooling": "mean", "drop_path_rate": 0.2, "qkv_bias": False}
+
+
 def test_overrides_are_typed_and_may_hold_lists():
     assert parse_overrides("pooling=mean, hidden_size=192,image_size=[32,64],layer_scale_init=null,qkv_bias=false") == {
         "pooling": "mean", "hidden_size": 192, "image_size": [32, 64], "layer_scale_init": None, "qkv_bias": False,
@@ -135,6 +142,7 @@ def test_overrides_are_typed_and_may_hold_lists():
     assert parse_overrides("layer_norm_eps=1e-6") == {"layer_norm_eps": 1e-6}  # which YAML 1.1 takes for text
     assert parse_overrides(None) == {}
     assert merged_overrides("a=1, image_size=[32,64]", "a=[2,3],b=4") == "image_size=[32,64],a=[2,3],b=4"
+    assert merged_overrides("a=[[1,2],[3,4]],b=1", "b=2") == "a=[[1,2],[3,4]],b=2"
     assert merged_overrides("a=1", None) == "a=1" and merged_overrides(None, " , ") is None
     with pytest.raises(UserError, match="No config field 'poling'. Did you mean 'pooling'?"):
         parse_overrides("poling=mean")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -41,10 +42,11 @@ def test_a_resumed_run_agrees_with_the_uninterrupted_one(tmp_path):
     train(tmp_path / "whole", *arguments)
     train(tmp_path / "broken", *arguments)
     (tmp_path / "broken" / "results.json").unlink()
-    for folder in ("step-000060", "step-000040"):
-        for file in (tmp_path / "broken" / "checkpoints" / folder).iterdir():
-            file.unlink()
+    checkpoints = tmp_path / "broken" / "checkpoints"
+    shutil.rmtree(checkpoints / "step-000060")
+    begun = (checkpoints / "step-000040" / "state.json").stat().st_mtime_ns
     train(tmp_path / "broken", *arguments)
+    assert (checkpoints / "step-000040" / "state.json").stat().st_mtime_ns == begun  # it was not written anew
     pairs = zip(metrics(tmp_path / "whole"), metrics(tmp_path / "broken"), strict=True)
     assert all(a["loss"] == pytest.approx(b["loss"], abs=2e-3) for a, b in pairs if "loss" in a)
 

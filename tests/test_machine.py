@@ -13,16 +13,14 @@ from modeling_vit_scratch.training import machine
 
 @pytest.mark.parametrize(
     "by_launcher, around, is_refused",
-    [({"ACCELERATE_MIXED_PRECISION": "no"}, {}, True),  # accelerate was asked for several and started one
-     ({"ACCELERATE_MIXED_PRECISION": "no"}, {"MASTER_ADDR": "node-7"}, False),  # a cluster's shell named it
-     ({}, {"MASTER_ADDR": "node-7"}, False)],
+    [("python /bin/accelerate launch run_train.py", {}, True),  # it was asked for several and started one
+     ("python /bin/accelerate launch run_train.py", {"MASTER_ADDR": "node-7"}, False),  # a cluster's shell named it
+     ("bash job.sh", {}, False)],
 )  # fmt: skip
 def test_an_address_that_the_shell_names_is_no_launch_of_several(monkeypatch, by_launcher, around, is_refused):
-    for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"MASTER_ADDR": "127.0.0.1", **by_launcher}.items():
-        monkeypatch.setenv(name, value)
-    parent = SimpleNamespace(environ=lambda: around)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    parent = SimpleNamespace(environ=lambda: around, cmdline=by_launcher.split)
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
     if is_refused:
         with pytest.raises(UserError, match="Several processes were asked for, but the launcher started one"):
@@ -49,11 +47,10 @@ def test_what_one_process_meets_alone_is_raised_in_all(monkeypatch):
     assert machine.first_on_each_node(accelerator, lambda: act(2)) == 2
 
 
-@pytest.mark.parametrize("gigabytes, kept", [(8, 0.5), (16, 1), (80, 2)])
-def test_a_small_gpu_keeps_smaller_splits(monkeypatch, gigabytes, kept):
-    assert loading.resident_bytes() == 2 * 1024**3 or torch.cuda.is_available()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    facts = SimpleNamespace(total_memory=gigabytes * 1024**3)
+def test_a_split_that_is_large_for_a_gpu_stays_in_main_memory(monkeypatch):
+    facts = SimpleNamespace(total_memory=16_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-    assert loading.resident_bytes() == kept * 1024**3
+    gpu, cpu = torch.device("cuda:1"), torch.device("cpu")
+    assert loading.home_of(torch.zeros(1000, dtype=torch.uint8), gpu) == gpu
+    assert loading.home_of(torch.zeros(1001, dtype=torch.uint8), gpu) == cpu
+    assert loading.home_of(torch.zeros(1001, dtype=torch.uint8), cpu) == cpu

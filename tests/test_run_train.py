@@ -113,6 +113,12 @@ def test_a_finished_run_shows_its_scores_and_trains_no_more(tmp_path, capsys):
     assert (tmp_path / "run" / "results.json").stat().st_mtime_ns == before
 
 
+def test_the_same_fields_in_other_words_are_the_same_recipe(tmp_path):
+    results = run(tmp_path / "run", "--max_steps", 2)
+    words = ", ".join(reversed(TINY.split(",")))
+    assert run(tmp_path / "run", "--max_steps", 2, "--config_overrides", words) == results
+
+
 def test_another_recipe_is_refused_until_told_to_start_afresh(tmp_path):
     run(tmp_path / "run", "--max_steps", 2, "--learning_rate", 0.002)
     with pytest.raises(UserError, match=r"another recipe \(max_steps: 2 -> 3; learning_rate: 0.002 -> 0.1\)"):

@@ -22,14 +22,7 @@ from .order import BalancedOrder, ResidentOrder, StreamOrder
 from .sources import Source, Split
 
 RESIDENT_BYTES = 2 * 1024**3  # splits that decode to no more than this are decoded once and kept
-GPU_SHARE = 16  # and to no more than this part of a GPU's memory: there are three of them
-
-
-def resident_bytes() -> int:
-    """The most that is kept of a split."""
-    if not torch.cuda.is_available():
-        return RESIDENT_BYTES
-    return min(RESIDENT_BYTES, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // GPU_SHARE)
+LARGEST_GPU_SHARE = 1 / 16  # of a GPU's memory that a split may take: there may be three; else main memory keeps it
 
 
 @dataclass
@@ -77,11 +70,27 @@ def decode_all(source: Source, split: Split, decoder: Decoder, num_threads: int)
     return torch.cat(decoded), torch.cat(labels)
 
 
+def home_of(images: torch.Tensor, device: torch.device) -> torch.device:
+    """Where a split is kept: on the device, or in main memory where it would take too much of a GPU's."""
+    if device.type != "cuda":
+        return device
+    room = LARGEST_GPU_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return device if images.nbytes <= room else torch.device("cpu")
+
+
 class ResidentImages:
     """A whole split as uint8 on a device, and batches gathered from it by index."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, device: torch.device):
         self.images, self.labels = images.to(device), labels.to(device)
+
+    @classmethod
+    def decoded(
+        cls, source: Source, split: Split, decoder: Decoder, num_threads: int, device: torch.device
+    ) -> "ResidentImages":
+        """Every image of the split, kept where there is room."""
+        images, labels = decode_all(source, split, decoder, num_threads)
+        return cls(images, labels, home_of(images, device))
 
     def gather(self, samples: np.ndarray, positions: np.ndarray) -> Batch:
         index = send(torch.from_numpy(samples), self.images.device)
@@ -119,18 +128,17 @@ def collate(source: Source, examples: list[Example], images: list[torch.Tensor],
     return Batch(torch.stack(images), label_tensor(source, examples), torch.from_numpy(positions))
 
 
-def joined(parts: list[Batch]) -> Batch:
-    """Parts of a batch as one, in the order of their positions."""
+def joined(parts: list[Batch], is_pinned: bool = False) -> Batch:
+    """Parts of a batch as one, in the order of their positions; of several the images are copied, to pinned memory."""
     if len(parts) == 1:
         return parts[0]
     order = torch.cat([part.positions for part in parts]).argsort()
     rows = [image for part in parts for image in part.images]
-    # row by row: less than half the time of an index into their concatenation, in the process that trains; into pinned
-    # memory, where there is a GPU to copy it to
-    images = torch.empty(len(rows), *rows[0].shape, dtype=rows[0].dtype, pin_memory=torch.cuda.is_available())
+    # row by row: less than half the time of an index into their concatenation, in the process that trains
+    images = torch.empty(len(rows), *rows[0].shape, dtype=rows[0].dtype, pin_memory=is_pinned)
     torch.stack([rows[index] for index in order.tolist()], out=images)
     labels, positions = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("labels", "positions"))
-    return Batch(images, labels.pin_memory() if torch.cuda.is_available() else labels, positions)
+    return Batch(images, labels.pin_memory() if is_pinned else labels, positions)
 
 
 class _StepDataset(Dataset):
@@ -253,7 +261,7 @@ class TrainingData:
             if is_balanced:
                 self.order = BalancedOrder(source.label_ids_of("train"), seed)
             if is_resident(source, self.split, decoder):
-                self.resident = ResidentImages(*decode_all(source, self.split, decoder, num_threads), device)
+                self.resident = ResidentImages.decoded(source, self.split, decoder, num_threads, device)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """This rank's batches of the steps from `start` to before `stop`."""
@@ -291,14 +299,14 @@ class TrainingData:
             parts.append(part)
             if len(parts) < workers:
                 continue
-            yield joined([part for part in parts if part is not None])
+            yield joined([part for part in parts if part is not None], torch.cuda.is_available())
             parts = []
 
 
 def is_resident(source: Source, split: Split, decoder: Decoder) -> bool:
     """Whether a split is decoded once and kept: no draw at decoding, and small enough."""
     image_bytes = decoder.size[0] * decoder.size[1] * decoder.processor.num_channels
-    return not source.streaming and decoder.crop_scale is None and len(split) * image_bytes <= resident_bytes()
+    return not source.streaming and decoder.crop_scale is None and len(split) * image_bytes <= RESIDENT_BYTES
 
 
 class EvaluationData:
@@ -323,7 +331,7 @@ class EvaluationData:
         self.reader = RowReader(source, split, decoder)
         self.resident: ResidentImages | None = None
         if is_resident(source, split, decoder):
-            self.resident = ResidentImages(*decode_all(source, split, decoder, num_threads), device)
+            self.resident = ResidentImages.decoded(source, split, decoder, num_threads, device)
 
     def batches(self) -> Iterator[Batch]:
         num_batches = -(-len(self.split) // self.batch_size)

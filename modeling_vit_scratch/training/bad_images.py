@@ -19,7 +19,7 @@ from .run_folder import write_json
 RECORD = "bad_images.json"  # in the run's folder
 NUM_NAMED = 10  # of the bad images, on the screen
 NUM_RECORDED = 100  # in results.json; bad_images.json has all
-SECONDS_BETWEEN_NEWS = 30  # also the longest that processes which do not scan wait: they give up after minutes
+SECONDS_BETWEEN_NEWS = 30  # also the longest that processes which do not scan wait: they would give up in the end
 
 BadImages = dict[str, list[BadImage]]  # split name -> what cannot be read of it
 

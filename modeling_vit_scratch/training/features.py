@@ -16,7 +16,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..data.augmentation import Draws, normalise
 from ..data.augmentation.draws import send
-from ..data.loading import Batch, EvaluationData, ResidentImages, TrainingData, chunk_of, resident_bytes
+from ..data.loading import RESIDENT_BYTES, Batch, EvaluationData, ResidentImages, TrainingData, chunk_of
 from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .machine import in_sample_order
@@ -77,7 +77,7 @@ def can_cache_features(recipe: Recipe, num_samples: int, hidden_size: int) -> bo
         recipe.scale_range, recipe.auto_augment, recipe.random_erasing_prob, recipe.mixup_alpha, recipe.cutmix_alpha,
     )  # fmt: skip
     num_bytes = num_samples * (1 + (recipe.horizontal_flip_prob > 0)) * hidden_size * 4
-    return recipe.finetune == "head" and not recipe.streaming and not any(drawn) and num_bytes <= resident_bytes()
+    return recipe.finetune == "head" and not recipe.streaming and not any(drawn) and num_bytes <= RESIDENT_BYTES
 
 
 def cache_features(

@@ -43,7 +43,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="run_train.py",
         description="Trains a Vision Transformer, scores it and saves it as a Hub repository.",
-        epilog=f"Recipes: {', '.join(RECIPES)}. A flag overrides the recipe. In brackets: where neither says.",
+        epilog=f"Recipes: {', '.join(RECIPES)}. A flag overrides the recipe; in brackets: the value if none does.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -114,12 +114,16 @@ def parse_arguments(arguments: list[str]) -> tuple[Recipe, frozenset[str]]:
         raise UserError(f"{word!r} is not a flag; flags begin with -- and --help lists them.")
     words = dict(vars(values))
     file = words.pop("config", None)
-    written = {**(_read_config(file) if file else {}), **words}
+    in_file = _read_config(file) if file else {}
+    written = {**in_file, **words}
     _refuse_several_lengths(words, "the command line")
     written = {name: value for name, value in written.items() if name not in LENGTHS or value is not None}
     if any(name in words for name in LENGTHS):  # the command line over the file
         written = {name: value for name, value in written.items() if name not in LENGTHS or name in words}
     chosen = {name: parse_value(name, value) for name, value in written.items()}
+    name = "config_overrides"
+    if name in in_file and chosen.get(name) is not None:  # a field that both name is the command line's
+        chosen[name] = merged_overrides(parse_value(name, in_file[name]), chosen[name])
     if "recipe" not in chosen and chosen.get("model_name_or_path") is not None:
         chosen["recipe"] = "finetune"
     elif "recipe" not in chosen and chosen.get("train_dir") is not None:

@@ -18,8 +18,9 @@ def poisoned(loss: torch.Tensor) -> torch.Tensor:
 class FiniteGuard:
     """Watches the gradient norm, which is the same on every rank, and keeps a step of NaN or infinity from being taken.
 
-    Optimizers with fused kernels skip a step themselves where their `found_inf` is set: then no step waits for the
-    device, and `first_bad_step` says at the next logging step what happened, with the weights as they were before it.
+    Optimizers with fused kernels, and our Muon, skip a step themselves where their `found_inf` is set: then no step
+    waits for the device, and `bad_step` says when the run next logs, scores or saves what happened, with the weights as
+    they were before it.
     Other optimizers wait for the number at each step. Under fp16 the scaler skips such steps, as it is meant to.
     """
 

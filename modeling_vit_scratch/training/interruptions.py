@@ -11,7 +11,7 @@ AGREEMENT_SECONDS = 1.0  # between two looks at what all processes have received
 MOST_STEPS = 100  # and never more steps than this
 
 # SIGTERM comes when a machine is taken away or time is nearly up (Slurm's `--signal=TERM@120`). SIGUSR1 is the other
-# that clusters send; torchrun does not hand it on, so it serves where no launcher stands between
+# that clusters send; torchrun dies of it, so it serves where no launcher stands between
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 

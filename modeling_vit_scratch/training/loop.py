@@ -229,7 +229,9 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             def rehearse_steps(count: int, is_small: bool = False):
                 set_rate(0.0)  # the weights stay as they are, bit for bit
                 for step, batch in enumerate(data.batches(0, count)):
-                    backward(step, batch, mixing.is_on, is_small)
+                    grad_norm = backward(step, batch, mixing.is_on, is_small)
+                    if accelerator.scaler is None and not guard.watch(grad_norm, step):
+                        guard.check(0.0, where_to_go_on)
                     optimizer.step()
                     optimizer.zero_grad()
 
@@ -254,6 +256,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     mixing_ends = total_steps if recipe.mixup_off_step is None else in_steps(recipe.mixup_off_step, total_steps)
     full_size_begins = resolution.num_initial_steps(total_steps)
     if recipe.time_budget is not None and position.step == 0:
+        guard.check(0.0, where_to_go_on)
         state.save()  # the number of steps is never measured again
     lines = [] if loading_report is None else [str(loading_report), str(finetuning)]
     lines += resolution.stages(total_steps)

@@ -30,6 +30,7 @@ from .recipes import PLACES, Recipe
 
 Result = TypeVar("Result")
 
+LAUNCHERS = ("accelerate", "torchrun")
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 LONGEST_WAIT = timedelta(hours=3)  # for the process that downloads, decodes or writes; NCCL's own is ten minutes
 
@@ -48,13 +49,24 @@ def check_launch(num_processes: int):
         raise UserError(f"Several processes were asked for, but the launcher started one. {remedy}")
 
 
+def launcher() -> psutil.Process | None:
+    """The launcher that started this process, if one did and may be looked at."""
+    try:
+        parent = psutil.Process().parent()
+        words = [Path(word).name for word in parent.cmdline()[:3]] if parent is not None else []
+    except psutil.Error:  # the parent's affairs may be nobody else's
+        return None
+    return parent if any(name in words for name in LAUNCHERS) else None
+
+
 def _is_meant_for_several() -> bool:
-    """Whether `accelerate launch` itself, and not the shell around it, named a place where processes meet."""
-    if not {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= set(os.environ):
+    """Whether the launcher itself, and not the shell around it, named a place where processes meet."""
+    parent = launcher()
+    if parent is None or "MASTER_ADDR" not in os.environ:
         return False
     try:
-        return "MASTER_ADDR" not in psutil.Process().parent().environ()
-    except (psutil.Error, AttributeError):
+        return "MASTER_ADDR" not in parent.environ()
+    except psutil.Error:
         return True
 
 

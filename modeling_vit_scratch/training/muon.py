@@ -28,20 +28,21 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         result = None if closure is None else torch.enable_grad()(closure)()
-        scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, dict[str, Any]]]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape.setdefault(tuple(parameter.shape), []).append((parameter, group))
         for shape, members in by_shape.items():
-            updates = orthogonalised(torch.stack([self._momentum(*member, scale, found_inf) for member in members]))
+            momenta = [self._momentum(*member, grad_scale, found_inf) for member in members]
+            updates = orthogonalised(torch.stack(momenta))
             taken = 1.0 if found_inf is None else (found_inf == 0).to(members[0][0].dtype)  # 0 or 1
             updates = updates if found_inf is None else updates * taken
-            width = 0.2 * math.sqrt(max(shape))  # 2502.16982, section 2.2
+            scale = 0.2 * math.sqrt(max(shape))  # 2502.16982, section 2.2
             for (parameter, group), update in zip(members, updates, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"] * taken)
-                parameter.add_(update, alpha=-group["lr"] * width)
+                parameter.add_(update, alpha=-group["lr"] * scale)
         return result
 
     def _momentum(
@@ -57,7 +58,7 @@ class Muon(torch.optim.Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         average = state["momentum_buffer"]
-        if found_inf is not None:  # then the average stays: its own step towards itself is nought
+        if found_inf is not None:  # where it is set the average stays: its step towards itself is nought
             gradient = torch.where(found_inf == 0, gradient, average)
         average.lerp_(gradient, 1 - group["momentum"])
         return gradient.lerp(average, group["momentum"])

@@ -1,7 +1,6 @@
 """--config_overrides: fields of the configuration over the preset, "pooling=mean,hidden_size=192"."""
 
 import contextlib
-import re
 from typing import Any
 
 import yaml
@@ -42,7 +41,14 @@ def _parts(text: str | None) -> list[str]:
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
     """The parts of the text between separators that do not stand within brackets."""
-    return re.split(re.escape(separator) + r"(?![^\[(]*[\])])", text)
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[(") - (letter in "])")
+        if letter == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def _parsed(part: str, text: str) -> Any:

@@ -64,7 +64,9 @@ class Recipe:
     # --- network
     preset: str = flag("micro", NETWORK, "the network's name (vit_b_16, micro, article_4, ...)")
     config_overrides: str | None = flag(
-        None, NETWORK, 'fields over the preset and over the recipe\'s own: "pooling=mean,hidden_size=192"; or "none"'
+        None,
+        NETWORK,
+        'fields over preset and recipe: "pooling=mean,hidden_size=192"; none leaves out the recipe\'s too',
     )
     specimen: str | None = flag(
         None, NETWORK, "bugs put into the network on purpose, names with commas (merged_without_transpose, ...); it is "

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from .checkpointing import checkpoints, damage, newest_whole, remove, step_of
+from .overrides import parse_overrides
 from .recipes import COUNTED_LENGTHS, Recipe, may_change_on_resume
 
 OURS = (
@@ -91,6 +92,8 @@ def _checkpoint_to_take(folder: Path, recipe: Recipe) -> Path | None:
 
 def _refuse_another_recipe(folder: Path, old: dict[str, Any], recipe: Recipe, facts: dict[str, Any]):
     new = {**json.loads(json.dumps(recipe.to_dict())), **facts}
+    if parse_overrides(old.get("config_overrides")) == parse_overrides(recipe.config_overrides):
+        old = {**old, "config_overrides": recipe.config_overrides}  # the same fields, in other words
     free = may_change_on_resume(recipe) | {"num_processes"}
     compared = [name for name in new if name not in free]
     differing = [f"{name}: {old.get(name)!r} -> {new[name]!r}" for name in compared if old.get(name) != new[name]]

@@ -213,7 +213,7 @@ def leave_out_bad_images(accelerator: Accelerator, source: Source, split: str) -
         bad: list[BadImage] = []
         for scan in scan_steps(whole, torch.get_num_threads()):
             bad = scan.bad
-            yield None  # the others wait no longer than a block takes: they give up after minutes
+            yield None  # the others wait no longer than a block takes: they would give up in the end
         yield bad
 
     work, bad = look(), None

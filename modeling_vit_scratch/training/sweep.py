@@ -23,7 +23,7 @@ from ..results.sweep_plot import COSTS, SCORES, markdown, table, write_sweep
 from . import loop
 from .checkpointing import checkpoints
 from .flags import exit_code
-from .machine import agree, check_launch
+from .machine import LONGEST_WAIT, agree, check_launch
 from .recipes import MAY_CHANGE_ON_RESUME
 from .run_folder import write_json
 from .sweep_grid import Plan, Run, parse_sweep
@@ -104,7 +104,8 @@ def sweep(plan: Plan) -> dict[str, Any]:
     Raises UserError where no run can succeed: the first one fails before its first step, there is no validation split,
     or all failed. Raises Interrupted after a signal.
     """
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as Accelerator reads it
+    # as Accelerator reads it, which finds this one there
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
     check_launch(state.num_processes)
     record = agree(state, lambda: open_sweep(plan))
     with _one_process_group(), _sigterm_as_interrupt():

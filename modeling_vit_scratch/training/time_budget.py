@@ -5,20 +5,18 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 from accelerate import Accelerator
 
 from ..errors import UserError
-from .machine import agree
+from .machine import agree, launcher
 
 UNITS = {"h": 3600, "m": 60, "s": 1}
 NUM_WARM_STEPS = 3  # the first steps choose kernels and fill caches; with --torch_compile they compile
 NUM_MEASURED_STEPS = 20
 SECONDS_FOR_PUBLISHING = 4.0  # checkpoints, plots, report and model folder, mostly at the end of a run
-LAUNCHERS = ("accelerate", "torchrun")
 
 
 def seconds_of(text: str) -> float:
@@ -38,14 +36,7 @@ def seconds_of(text: str) -> float:
 
 def command_began() -> float:
     """The time, as time.time() counts it, at which this command began: its launcher, where one started this process."""
-    process = psutil.Process()
-    try:
-        parent = process.parent()
-        words = [Path(word).name for word in parent.cmdline()[:3]] if parent is not None else []
-        is_launcher = any(name in words for name in LAUNCHERS)
-        return parent.create_time() if is_launcher else process.create_time()
-    except psutil.Error:  # the parent's affairs may be nobody else's
-        return process.create_time()
+    return (launcher() or psutil.Process()).create_time()
 
 
 @dataclass

@@ -10,6 +10,7 @@ from .draws import Draws, choose, send
 
 # B batch, C channels, H W image, K labels
 
+# which the usual numbers of processes divide; small batches have the first ones
 NUMS_OF_GROUPS = (1, 2, 3, 4, 6, 8, 12, 24, 48, 96, 192, 384)
 
 Gather = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
