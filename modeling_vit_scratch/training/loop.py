@@ -161,7 +161,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     # --- optimizer and state
     averaged = AveragedWeights(model, recipe.ema_decay) if recipe.ema_decay is not None else None
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # transformers 5.23 calls it otherwise, and warns of the name that all versions before it have
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     head_scale = head_rate_scale(recipe, loading_report)
     groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.optim == "muon", head_scale)
     if recipe.torch_compile:
