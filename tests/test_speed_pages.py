@@ -17,9 +17,9 @@ def test_the_tables_are_those_of_the_records(path):
     assert with_its_tables(page.replace("transformers", "others")) != page.replace("transformers", "others")
 
 
-def test_a_step_is_compared_with_the_steps_of_its_own_precision():
+def test_a_step_is_compared_with_the_steps_of_its_own_shape_and_precision():
     rows = speed.read("train-step")["rows"]
-    rates = {(row["precision"], row["network"]): row["images_per_second"] for row in rows}
+    rates = {(row["shape"], row["precision"], row["network"]): row["images_per_second"] for row in rows}
     for row in rows:
-        ours = rates[row["precision"], "ours"]
+        ours = rates[row["shape"], row["precision"], "ours"]
         assert row["ours_over_this"] == pytest.approx(ours / row["images_per_second"])
