@@ -58,13 +58,13 @@ def evaluate(
     nothing = torch.empty(0, objective.num_labels, dtype=dtype, device=device)
     no_labels = torch.empty(0, *data.label_shape, dtype=data.label_dtype, device=device)
     parts = [[torch.empty(0, dtype=torch.int64, device=device), objective.kept(nothing), no_labels, nothing[:, 0]]]
-    for batch in data.batches():
-        batch = batch.to(device)
-        # averaged weights are a network of their own, which accelerate did not wrap
-        with accelerator.autocast(), uncompiled(model):
-            logits = model(pixel_values=normalise(batch.images, *normalisation, dtype)).logits.to(dtype)
-        samples = batch.positions.to(device, non_blocking=True)
-        parts.append([samples, objective.kept(logits), batch.labels, objective.losses(logits, batch.labels)])
+    with uncompiled(model):
+        for batch in data.batches():
+            batch = batch.to(device)
+            with accelerator.autocast():  # averaged weights are a network of their own, which accelerate did not wrap
+                logits = model(pixel_values=normalise(batch.images, *normalisation, dtype)).logits.to(dtype)
+            samples = batch.positions.to(device, non_blocking=True)
+            parts.append([samples, objective.kept(logits), batch.labels, objective.losses(logits, batch.labels)])
     if is_in_shards(model):  # its layers are gathered by all processes together, as often by each
         blank = torch.zeros(1, model.config.num_channels, *model.config.image_height_width, dtype=dtype, device=device)
         for _ in range(len(parts) - 1, -(-len(data.split) // data.batch_size)):

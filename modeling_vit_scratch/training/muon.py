@@ -20,7 +20,8 @@ class Muon(torch.optim.Optimizer):
     gradients are divided by, and whether the step is left out, state and all. It waits for nothing to know.
     """
 
-    _step_supports_amp_scaling = True  # what GradScaler looks for
+    _step_supports_amp_scaling = True  # for GradScaler, which would take a `grad_scale` of the class for a factor
+    found_inf: torch.Tensor | None = None
 
     def __init__(self, params, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -28,38 +29,32 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         result = None if closure is None else torch.enable_grad()(closure)()
-        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, dict[str, Any]]]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape.setdefault(tuple(parameter.shape), []).append((parameter, group))
         for shape, members in by_shape.items():
-            momenta = [self._momentum(*member, grad_scale, found_inf) for member in members]
-            updates = orthogonalised(torch.stack(momenta))
-            taken = 1.0 if found_inf is None else (found_inf == 0).to(members[0][0].dtype)  # 0 or 1
-            updates = updates if found_inf is None else updates * taken
+            updates = orthogonalised(torch.stack([self._momentum(*member) for member in members]))
+            taken = 1.0
+            if self.found_inf is not None:
+                taken = (self.found_inf == 0).to(members[0][0].dtype)  # 0 or 1
+                updates = updates * taken
             scale = 0.2 * math.sqrt(max(shape))  # 2502.16982, section 2.2
             for (parameter, group), update in zip(members, updates, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"] * taken)
                 parameter.add_(update, alpha=-group["lr"] * scale)
         return result
 
-    def _momentum(
-        self,
-        parameter: torch.Tensor,
-        group: dict[str, Any],
-        grad_scale: torch.Tensor | None,
-        found_inf: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _momentum(self, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         state, gradient = self.state[parameter], parameter.grad
-        if grad_scale is not None:
+        if (grad_scale := getattr(self, "grad_scale", None)) is not None:
             gradient = gradient / grad_scale
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         average = state["momentum_buffer"]
-        if found_inf is not None:  # where it is set the average stays: its step towards itself is nought
-            gradient = torch.where(found_inf == 0, gradient, average)
+        if self.found_inf is not None:  # where it is set the average stays: its step towards itself is nought
+            gradient = torch.where(self.found_inf == 0, gradient, average)
         average.lerp_(gradient, 1 - group["momentum"])
         return gradient.lerp(average, group["momentum"])
 

@@ -104,6 +104,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True  # both leave out a step where `found_inf` is set, and wait for nothing to know
+    found_inf: torch.Tensor | None = None
 
     def __init__(self, settings: list[dict[str, Any]], muon: dict[str, Any], adamw: dict[str, Any]):
         hidden = [group for group in settings if group["is_hidden_matrix"]]
@@ -121,8 +122,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             # here, not once: load_state_dict puts new objects in the place of both
             part.param_groups = [group for group in self.param_groups if group["is_hidden_matrix"] == is_hidden]
             part.state = self.state
-            for name in ("grad_scale", "found_inf"):  # GradScaler takes them away after a step
-                setattr(part, name, getattr(self, name, None))
+            part.grad_scale, part.found_inf = getattr(self, "grad_scale", None), self.found_inf
             part.step()
         return result
 
