@@ -2,6 +2,7 @@
 
 python benchmarks/train_step.py --shapes nano,micro,d192,vit_ti_16,vit_s_16 --rounds 11
     --output benchmarks/results/train-step-cpu.json
+python benchmarks/train_step.py --rounds 7 --output benchmarks/results/train-step-avx512-cpu.json    without AMX
 python benchmarks/end_to_end.py datasets/cifar10 --output benchmarks/results/end-to-end-cpu.json
 python benchmarks/attention.py --output benchmarks/results/attention-cpu.json
 python benchmarks/input.py --cifar10 datasets/cifar10 --flowers datasets/flowers/train
@@ -21,8 +22,8 @@ from recorded import read_record as read
 PAGE, README = ROOT / "docs" / "speed.md", ROOT / "README.md"
 
 
-def step_table() -> str:
-    return markdown_table(train_step.HEADER, list(map(train_step.as_words, read("train-step")["rows"])))
+def step_table(record: str) -> str:
+    return markdown_table(train_step.HEADER, list(map(train_step.as_words, read(record)["rows"])))
 
 
 def summary_table() -> str:
@@ -53,7 +54,8 @@ def with_readme_tables(page: str) -> str:
 def with_tables(page: str) -> str:
     """docs/speed.md with its tables between their markers."""
     tables = {
-        "train step": step_table,
+        "train step": lambda: step_table("train-step"),
+        "train step without AMX": lambda: step_table("train-step-avx512"),
         "end to end": lambda: end_to_end.table(read("end-to-end")["rows"]),
         "attention": lambda: attention.table(read("attention")["rows"]),
     }
