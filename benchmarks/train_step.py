@@ -7,10 +7,11 @@ python benchmarks/train_step.py --shapes nano,micro,d192,vit_ti_16,vit_s_16 --ro
 python benchmarks/train_step.py --device cuda --compile --batch_size 512 --shapes vit_s_16
 
 A step is forward in autocast, cross-entropy, backward, fused AdamW. The networks take turns within one process, in
-another order each round; a number is the median over the rounds. "of peak" is the share of the largest matrix product
-rate measured between the rounds (2,048 x 2,048 on a CPU, 8,192 on a GPU); FLOPs are matrix products alone, three times
-the forward's. Memory is what a step needs at its peak beyond the process before: on a CPU measured in a process of its
-own, with weights, gradients and the optimizer's state.
+another order each round; a turn is two steps, the second one timed, for in training a step follows one of its own
+network. A number is the median over the rounds. "of peak" is the share of the largest matrix product rate measured
+between the rounds (2,048 x 2,048 on a CPU, 8,192 on a GPU); FLOPs are matrix products alone, three times the forward's.
+Memory is what a step needs at its peak beyond the process before: on a CPU measured in a process of its own, with
+weights, gradients and the optimizer's state.
 """
 
 import argparse
@@ -100,6 +101,7 @@ def measure(shape: Shape, batch_size: int, precision: str, arguments: argparse.N
     for turn in range(arguments.rounds):
         peaks.append(matrix_product_rate(precision, device))
         for name in random.Random(turn).sample(list(steps), len(steps)):
+            steps[name]()
             taken[name].append(seconds(steps[name], device))
     rates = {name: batch_size / statistics.median(times) for name, times in taken.items()}
     return {"images_per_second": rates, "matrix_product_rate": statistics.median(peaks), "seconds": taken}

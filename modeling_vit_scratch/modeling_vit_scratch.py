@@ -6,7 +6,7 @@
     y    = LN(z_L^0)                                      (4)  ViTScratchModel, then the classifier
 
 Read from top to bottom. Parameter names are those of transformers' ViT. This file travels to the Hub beside a
-checkpoint: it imports torch, transformers and its configuration, nothing else.
+checkpoint: it imports torch, transformers and two files like it, nothing else.
 """
 
 # B batch, C channels, H W image, Ph Pw patch, Gh Gw patch rows and columns, N tokens (prefix + Gh*Gw),
@@ -29,6 +29,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vit_scratch import ViTScratchConfig
+from .functions_vit_scratch import activated_linear
 
 # ---------------------------------------------------------------- equation 1: patches, tokens, positions
 
@@ -321,8 +322,10 @@ class ViTScratchMLP(nn.Module):
         self.output_dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.hidden_dropout(self.activation_fn(self.fc1(hidden_states)))  # (B, N, M)
-        return self.output_dropout(self.fc2(hidden_states))  # (B, N, D)
+        hidden_states = self.fc1(hidden_states)  # (B, N, M)
+        # fc2(hidden_dropout(activation_fn(hidden_states))), (B, N, D)
+        hidden_states = activated_linear(hidden_states, self.activation_fn, self.hidden_dropout, self.fc2)
+        return self.output_dropout(hidden_states)
 
 
 # ---------------------------------------------------------------- equations 2 and 3: one layer

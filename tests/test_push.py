@@ -26,7 +26,7 @@ from modeling_vit_scratch.training.sweep_grid import parse_sweep
 
 TINY = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=24"
 WRONG_TOKEN = "hf_" + "Wr0ng" * 7
-CODE = {"configuration_vit_scratch.py", "modeling_vit_scratch.py", "image_processing_vit_scratch.py"}
+CODE = {f"{name}_vit_scratch.py" for name in ("configuration", "functions", "modeling", "image_processing")}
 FILES = CODE | {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from .. import configuration_vit_scratch, image_processing_vit_scratch, modeling_vit_scratch
+from .. import configuration_vit_scratch, functions_vit_scratch, image_processing_vit_scratch, modeling_vit_scratch
 from ..data.decoding import Processor
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 
-CODE = (configuration_vit_scratch, modeling_vit_scratch, image_processing_vit_scratch)  # the files that travel along
+# the files that travel along
+CODE = (configuration_vit_scratch, functions_vit_scratch, modeling_vit_scratch, image_processing_vit_scratch)
 
 MODEL_CODE = {
     "AutoConfig": "configuration_vit_scratch.ViTScratchConfig",
