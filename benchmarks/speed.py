@@ -2,7 +2,7 @@
 
 python benchmarks/train_step.py --shapes nano,micro,d192,vit_ti_16,vit_s_16 --rounds 11
     --output benchmarks/results/train-step-cpu.json
-python benchmarks/train_step.py --rounds 7 --output benchmarks/results/train-step-avx512-cpu.json    without AMX
+python benchmarks/train_step.py --output benchmarks/results/train-step-avx512-cpu.json    without AMX
 python benchmarks/end_to_end.py datasets/cifar10 --output benchmarks/results/end-to-end-cpu.json
 python benchmarks/attention.py --output benchmarks/results/attention-cpu.json
 python benchmarks/input.py --cifar10 datasets/cifar10 --flowers datasets/flowers/train
