@@ -44,9 +44,8 @@ def activated_linear(
     """linear(dropout(activation(states))), (..., M) -> (..., D), by ActivatedLinear where that gives the same bits."""
     if not computes_activation_anew(states, activation, dropout, linear):
         return linear(dropout(activation(states)))
-    cast = (
-        None if part is None else part.to(states.dtype) for part in (linear.weight, linear.bias)
-    )  # as autocast does
+    # as autocast would; inside, it would leave those kept for the backward pass in float32
+    cast = (None if part is None else part.to(states.dtype) for part in (linear.weight, linear.bias))
     return ActivatedLinear.apply(states, *cast)
 
 
@@ -55,13 +54,16 @@ def computes_activation_anew(
 ) -> bool:
     """Whether to train without keeping the activation, the widest tensor of a layer; benchmarks/NOTES.md has the price.
 
-    On a CPU, where it was measured; where a compiler does not choose itself what to keep; and where nobody looks on.
+    On a CPU, where it was measured; where a compiler does not choose itself what to keep; where nobody looks on; and
+    where the states come in the precision that the product has.
     """
+    autocast = torch.is_autocast_enabled("cpu")
     return (
         dropout.training
         and dropout.p == 0.0
         and torch.is_grad_enabled()
         and states.device.type == "cpu"
+        and states.dtype == (torch.get_autocast_dtype("cpu") if autocast else linear.weight.dtype)
         and not torch.compiler.is_compiling()
         and is_untouched(activation, GELUActivation)
         and activation.act is nn.functional.gelu

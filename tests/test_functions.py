@@ -50,8 +50,8 @@ def watched(model: nn.Module) -> nn.Module:
     return model
 
 
-def is_anew(mlp: nn.Module, device: str = "cpu") -> bool:
-    states = torch.zeros(1, 2, mlp.fc1.out_features, device=device)
+def is_anew(mlp: nn.Module, **options) -> bool:
+    states = torch.zeros(1, 2, mlp.fc1.out_features, **options)
     return computes_activation_anew(states, mlp.activation_fn, mlp.hidden_dropout, mlp.fc2)
 
 
@@ -98,12 +98,19 @@ def test_gradients_of_each_sample_by_vmap():
             torch.testing.assert_close(found[name][sample], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model = build().train()
-    expected = loss_and_gradients(model, True)
-    model.gradient_checkpointing_enable()
-    found = loss_and_gradients(model, True)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+@PRECISIONS
+def test_states_of_another_precision_than_the_product_take_the_plain_path(bf16):
+    """A first matrix that somebody keeps in float32, the second one under autocast or not."""
+    found = []
+    for prepare in (lambda model: model, watched):
+        model = prepare(build().train())
+        for layer in model.vit.layers:
+            layer.mlp.fc1.register_forward_hook(lambda module, inputs, output: output.to(torch.float32))
+        found.append(loss_and_gradients(model, bf16))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    mlp = build().train().vit.layers[0].mlp
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        assert [is_anew(mlp, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)] == [not bf16, bf16]
 
 
 # ---------------------------------------------------------------- what is kept
@@ -121,7 +128,7 @@ def test_the_activation_of_each_layer_is_not_kept(bf16):
 @pytest.mark.parametrize(
     "fields",
     [{"mlp_dropout_prob": 0.1}, {"hidden_act": "gelu_new"}, {"hidden_act": "gelu_python"}, {"hidden_act": "relu"}],
-    ids=lambda field: str(field),
+    ids=str,
 )
 def test_dropout_and_other_activations_keep_what_they_need(fields):
     assert not is_anew(build(**fields).train().vit.layers[0].mlp)

@@ -84,23 +84,26 @@ def test_with_zero_init_residual_the_branches_wake_up_after_one_step():
     assert silent[1] == set()
 
 
-def gradients(model, checkpointing: dict | None) -> dict[str, torch.Tensor]:
+def gradients(model, checkpointing: dict | None, bf16: bool = False) -> dict[str, torch.Tensor]:
     model.zero_grad()
     if checkpointing is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
     torch.manual_seed(7)
-    model(images(), labels=LABELS).loss.backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model(images(), labels=LABELS).loss
+    loss.backward()
     model.gradient_checkpointing_disable()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("position_embedding_type", ["learned", "rope2d"])
-def test_gradient_checkpointing_changes_no_bit_of_the_gradients(position_embedding_type, use_reentrant):
+def test_gradient_checkpointing_changes_no_bit_of_the_gradients(position_embedding_type, use_reentrant, bf16):
     dropout = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "drop_path_rate": 0.5}
     model = build(position_embedding_type=position_embedding_type, **dropout).train()
-    plain = gradients(model, None)
-    checkpointed = gradients(model, {"use_reentrant": use_reentrant})
+    plain = gradients(model, None, bf16)
+    checkpointed = gradients(model, {"use_reentrant": use_reentrant}, bf16)
     assert all(torch.equal(checkpointed[name], gradient) for name, gradient in plain.items())
 
 
