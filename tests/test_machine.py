@@ -54,3 +54,28 @@ def test_a_split_that_is_large_for_a_gpu_stays_in_main_memory(monkeypatch):
     assert loading.home_of(torch.zeros(1000, dtype=torch.uint8), gpu) == gpu
     assert loading.home_of(torch.zeros(1001, dtype=torch.uint8), gpu) == cpu
     assert loading.home_of(torch.zeros(1001, dtype=torch.uint8), cpu) == cpu
+
+
+@pytest.mark.parametrize(
+    "precision, device, slowdown, is_main, is_warned",
+    [("bf16", "cpu", 38.6, True, True),
+     ("bf16", "cpu", 0.4, True, False),
+     ("bf16", "cpu", 38.6, False, False),
+     ("bf16", "cuda", 38.6, True, False),
+     ("no", "cpu", 38.6, True, False)],
+)  # fmt: skip
+def test_bf16_is_warned_of_where_the_processor_has_no_units_for_it(
+    monkeypatch, precision, device, slowdown, is_main, is_warned
+):
+    monkeypatch.setattr(machine, "bf16_slowdown", lambda: slowdown)
+    facts = SimpleNamespace(is_main_process=is_main, device=torch.device(device), mixed_precision=precision)
+    warning = machine.precision_warning(facts)
+    assert (warning is not None) == is_warned
+    assert not is_warned or "38.6 times as long. Leave out --mixed_precision bf16." in warning
+
+
+def test_the_slowdown_of_bf16_is_the_quotient_of_the_fastest_products(monkeypatch):
+    bf16, float32 = [0, 9, 0, 3, 0, 4, 0, 5], [0, 8, 0, 2, 0, 7, 0, 6]  # start and end of four turns each
+    clock = iter(bf16 + float32)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
+    assert machine.bf16_slowdown() == 1.5

@@ -10,12 +10,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from .. import configuration_vit_scratch, functions_vit_scratch, image_processing_vit_scratch, modeling_vit_scratch
 from ..data.decoding import Processor
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 
-# the files that travel along
-CODE = (configuration_vit_scratch, functions_vit_scratch, modeling_vit_scratch, image_processing_vit_scratch)
+CODE = "*_vit_scratch.py"  # the package's files that travel along
 
 MODEL_CODE = {
     "AutoConfig": "configuration_vit_scratch.ViTScratchConfig",
@@ -53,8 +51,8 @@ def save_model_folder(
         processor.save_pretrained(partial)
         _add_code_map(partial / "config.json", MODEL_CODE)
         _add_code_map(partial / "preprocessor_config.json", PROCESSOR_CODE)
-        for module in CODE:
-            shutil.copyfile(module.__file__, partial / Path(module.__file__).name)
+        for file in Path(__file__).parents[1].glob(CODE):
+            shutil.copyfile(file, partial / file.name)
 
 
 def _add_code_map(file: Path, code: dict):

@@ -41,7 +41,7 @@ from .machine import (
 )
 from .network import build_augmentation, build_network, source_of
 from .objectives import MultiLabel, Objective, SingleLabel
-from .optimization import OPTIMIZERS, optimizer_warning, parameter_groups
+from .optimization import build_optimizer, optimizer_warning, parameter_groups
 from .publishing import collect_results, final_scores, publish, save_model
 from .pushing import open_destination, push_at_end
 from .recipes import Recipe
@@ -168,7 +168,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     if recipe.torch_compile:
         model.compile()  # in place: parameter names stay as they are
     names = [name for group in groups for name in group.names]
-    network, optimizer = prepare(accelerator, trained_part(model), OPTIMIZERS[recipe.optim](groups, recipe))
+    optimizer = build_optimizer(groups, recipe, accelerator.mixed_precision)
+    network, optimizer = prepare(accelerator, trained_part(model), optimizer)
     del groups  # where parameters are sharded, theirs are the whole ones
     if averaged is not None:
         shard_like_the_trained(accelerator, averaged.model)

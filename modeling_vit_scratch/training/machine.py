@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +33,7 @@ Result = TypeVar("Result")
 
 LAUNCHERS = ("accelerate", "torchrun")
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+WORTH_A_WARNING = 1.3  # times the seconds of float32
 LONGEST_WAIT = timedelta(hours=3)  # for the process that downloads, decodes or writes; NCCL's own is ten minutes
 
 
@@ -124,7 +126,39 @@ def start_accelerator(
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}{shards}, {threads} thread(s) each, "
         f"precision {accelerator.mixed_precision}"
     )
+    if warning := precision_warning(accelerator):
+        print(warning)
     return accelerator
+
+
+def precision_warning(accelerator: Accelerator) -> str | None:
+    """What to leave out where bf16 was asked for and is the slower one, as the main process finds it; else None."""
+    if not accelerator.is_main_process or accelerator.device.type != "cpu" or accelerator.mixed_precision != "bf16":
+        return None
+    slowdown = bf16_slowdown()
+    if slowdown < WORTH_A_WARNING:
+        return None
+    return (
+        f"bf16 is slower than float32 on this processor: matrix products take {slowdown:.1f} times as long. Leave out "
+        "--mixed_precision bf16."
+    )
+
+
+def bf16_slowdown() -> float:
+    """Seconds of matrix products in bf16 over those in float32 on the CPU, measured within a tenth of a second.
+
+    Less than one with AMX or AVX-512 bf16; twenty and more where there is no unit for it, as in most laptops.
+    """
+    fastest = []
+    for dtype in (torch.bfloat16, torch.float32):
+        left, right = torch.rand(2, 256, 256).to(dtype)
+        taken = []
+        for _ in range(4):  # the first one sets up
+            start = time.perf_counter()
+            left @ right.t() @ right  # a linear layer's, and the gradient of its input
+            taken.append(time.perf_counter() - start)
+        fastest.append(min(taken))
+    return fastest[0] / fastest[1]
 
 
 def refuse_precision(accelerator: Accelerator, recipe: Recipe):

@@ -16,6 +16,10 @@ class Muon(torch.optim.Optimizer):
     The step is torch.optim.Muon's with adjust_lr_fn="match_rms_adamw". Its loop over matrices takes a fifth of a small
     network's step on a CPU; batched products take the same iterations of all matrices of one shape at once.
 
+    `compute_dtype` is what the iterations' products are computed in: bfloat16 in torch, float16 where a run trains in
+    that, and by default the precision of the matrices themselves. Processors without units for bfloat16 need thirty
+    times as long for it as for float32 (benchmarks/NOTES.md).
+
     Like torch's fused kernels it takes `grad_scale` and `found_inf`, tensors on the device that GradScaler sets: what
     gradients are divided by, and whether the step is left out, state and all. It waits for nothing to know.
     """
@@ -23,8 +27,16 @@ class Muon(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # for GradScaler, which would take a `grad_scale` of the class for a factor
     found_inf: torch.Tensor | None = None
 
-    def __init__(self, params, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        compute_dtype: torch.dtype | None = None,
+    ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.compute_dtype = compute_dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -35,7 +47,8 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(tuple(parameter.shape), []).append((parameter, group))
         for shape, members in by_shape.items():
-            updates = orthogonalised(torch.stack([self._momentum(*member) for member in members]))
+            momenta = torch.stack([self._momentum(*member) for member in members])
+            updates = orthogonalised(momenta, self.compute_dtype)
             taken = 1.0
             if self.found_inf is not None:
                 taken = (self.found_inf == 0).to(members[0][0].dtype)  # 0 or 1
@@ -59,15 +72,16 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp(average, group["momentum"])
 
 
-def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
-    """About U V^T of each matrix U S V^T: singular values between 0.7 and 1.2. (K, rows, columns) -> same, bfloat16.
+def orthogonalised(matrices: torch.Tensor, compute_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """About U V^T of each matrix U S V^T: singular values between 0.7 and 1.2. (K, rows, columns) -> same.
 
-    Newton-Schulz iterations in bfloat16, on the side of fewer rows.
+    Newton-Schulz iterations, on the side of fewer rows, in `compute_dtype`, which the result has too; None: in the
+    precision of the matrices.
     """
     is_tall = matrices.shape[1] > matrices.shape[2]
-    factors = matrices.bfloat16()
-    factors = factors.transpose(1, 2) if is_tall else factors
+    factors = matrices.transpose(1, 2) if is_tall else matrices
     factors = factors / factors.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    factors = factors.to(compute_dtype or matrices.dtype)
     a, b, c = COEFFICIENTS
     for _ in range(NUM_ITERATIONS):
         gram = factors @ factors.transpose(1, 2)

@@ -161,8 +161,12 @@ def build_sgd(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Optim
     return torch.optim.SGD(_settings(groups, recipe), lr=recipe.learning_rate, momentum=momentum)
 
 
-def build_muon(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Optimizer:
+def build_muon(
+    groups: list[ParameterGroup], recipe: Recipe, compute_dtype: torch.dtype | None = None
+) -> torch.optim.Optimizer:
     """Muon on hidden matrices, AdamW on embeddings, norms, biases and classifier, with one learning rate and decay.
+
+    compute_dtype: of Muon's products; None: the parameters' own.
 
     Updates of Muon are scaled by 0.2 * sqrt(larger side), to the root mean square of AdamW's (2502.16982, section 2.2).
     Keller Jordan's own scale, sqrt(max(1, rows / columns)), would need another rate for each width.
@@ -177,7 +181,7 @@ def build_muon(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Opti
     momentum = 0.95 if recipe.momentum is None else recipe.momentum
     return MuonWithAdamW(
         settings,
-        muon={"lr": recipe.learning_rate, "momentum": momentum},
+        muon={"lr": recipe.learning_rate, "momentum": momentum, "compute_dtype": compute_dtype},
         adamw={"lr": recipe.learning_rate, **_adam_options(recipe)},
     )
 
@@ -188,6 +192,14 @@ OPTIMIZERS: dict[str, Callable[[list[ParameterGroup], Recipe], torch.optim.Optim
     "sgd": build_sgd,
     "muon": build_muon,
 }
+COMPUTE_DTYPES: dict[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_optimizer(groups: list[ParameterGroup], recipe: Recipe, mixed_precision: str) -> torch.optim.Optimizer:
+    """The recipe's optimizer. mixed_precision, "no", "bf16" or "fp16": Muon multiplies in it, as the network does."""
+    if recipe.optim == "muon":
+        return build_muon(groups, recipe, COMPUTE_DTYPES[mixed_precision])
+    return OPTIMIZERS[recipe.optim](groups, recipe)
 
 
 def optimizer_warning(recipe: Recipe, total_steps: int) -> str | None:

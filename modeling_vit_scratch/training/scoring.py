@@ -202,7 +202,7 @@ def score(
     }
 
 
-def leave_out_bad_images(accelerator: Accelerator, source: Source, split: str) -> list[BadImage]:
+def drop_bad_images(accelerator: Accelerator, source: Source, split: str) -> list[BadImage]:
     """The images of the split that cannot be read, which it then has no more; the main process looks at each.
 
     Raises UserError in every process where none can be read.
@@ -270,7 +270,7 @@ def _run(own: Any):
     _check_picture(own.picture, source)
     for note in source.notes:
         accelerator.print(f"note: {note}")
-    bad = leave_out_bad_images(accelerator, source, split) if options.bad_images == "skip" else []
+    bad = drop_bad_images(accelerator, source, split) if options.bad_images == "skip" else []
     results = {
         "model": own.model,
         "dataset": {
