@@ -5,6 +5,7 @@ It can be differentiated twice, and under torch.func's grad and vmap. This file 
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import GELUActivation
 
 
@@ -27,12 +28,12 @@ class ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor) -> tuple:
         states, weight = ctx.saved_tensors
-        rows = grad_output.flatten(0, -2)
+        rows = grad_output.reshape(-1, weight.shape[0])
         grad_states = grad_weight = grad_bias = None
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(dim=0)
         if ctx.needs_input_grad[1]:
-            grad_weight = rows.t() @ nn.functional.gelu(states).flatten(0, -2)
+            grad_weight = rows.t() @ nn.functional.gelu(states).reshape(-1, weight.shape[1])
         if ctx.needs_input_grad[0]:
             grad_states = torch.ops.aten.gelu_backward(grad_output @ weight, states)
         return grad_states, grad_weight, grad_bias
@@ -75,4 +76,5 @@ def computes_activation_anew(
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is exactly of its kind: no hook of it and no other library's forward would miss its call."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and "forward" not in vars(module) and not any(hooks)
+    is_watched = any(hooks) or _has_any_global_hook()
+    return type(module) is kind and "forward" not in vars(module) and not is_watched

@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, grad, vmap
+from torch.nn.modules.module import register_module_forward_hook
 from transformers.pytorch_utils import Conv1D
 
 from modeling_vit_scratch.functions_vit_scratch import ActivatedLinear, computes_activation_anew, is_untouched
@@ -98,6 +99,17 @@ def test_gradients_of_each_sample_by_vmap():
             torch.testing.assert_close(found[name][sample], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_batch_of_gradients_goes_backward_at_once():
+    """As torch.autograd.functional.jacobian(vectorize=True) asks for, which has no rule for `flatten` there."""
+    tensors = states, weight, bias = in_float64((2, 3, 4), (5, 4), (5,))
+    directions = torch.eye(30, dtype=torch.float64).view(30, 2, 3, 5)
+    ours, plain = ActivatedLinear.apply(*tensors), nn.functional.linear(nn.functional.gelu(states), weight, bias)
+    found = torch.autograd.grad(ours, tensors, directions, is_grads_batched=True)
+    expected = torch.autograd.grad(plain, tensors, directions, is_grads_batched=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 @PRECISIONS
 def test_states_of_another_precision_than_the_product_take_the_plain_path(bf16):
     """A first matrix that somebody keeps in float32, the second one under autocast or not."""
@@ -156,6 +168,16 @@ def test_a_hook_sees_every_step_of_the_mlp():
         assert seen == [name]
         seen.clear()
         handle.remove()
+    assert is_anew(mlp)
+
+
+def test_a_hook_of_all_modules_sees_every_step_of_the_mlp():
+    """As torch's own FlopCounterMode registers it, which names what it counts by module."""
+    mlp, seen = build().train().vit.layers[0].mlp, []
+    handle = register_module_forward_hook(lambda module, inputs, output: seen.append(module))
+    mlp(torch.randn(1, 2, 32))
+    handle.remove()
+    assert seen == [mlp.fc1, mlp.activation_fn, mlp.hidden_dropout, mlp.fc2, mlp.output_dropout, mlp]
     assert is_anew(mlp)
 
 

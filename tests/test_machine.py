@@ -57,21 +57,21 @@ def test_a_split_that_is_large_for_a_gpu_stays_in_main_memory(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "precision, device, slowdown, is_main, is_warned",
-    [("bf16", "cpu", 38.6, True, True),
-     ("bf16", "cpu", 0.4, True, False),
-     ("bf16", "cpu", 38.6, False, False),
-     ("bf16", "cuda", 38.6, True, False),
-     ("no", "cpu", 38.6, True, False)],
+    "precision, device, has_units, is_main, expected",
+    [("bf16", "cpu", False, True, "take 38.6 times as long. Leave out --mixed_precision bf16."),
+     ("bf16", "cpu", True, True, None),
+     ("bf16", "cpu", False, False, None),
+     ("no", "cpu", False, True, None),
+     ("bf16", "cuda", False, True, "Use --mixed_precision fp16."),
+     ("bf16", "cuda", True, True, None),
+     ("fp16", "cuda", False, True, None)],
 )  # fmt: skip
-def test_bf16_is_warned_of_where_the_processor_has_no_units_for_it(
-    monkeypatch, precision, device, slowdown, is_main, is_warned
-):
-    monkeypatch.setattr(machine, "bf16_slowdown", lambda: slowdown)
+def test_bf16_is_warned_of_where_nothing_computes_it(monkeypatch, precision, device, has_units, is_main, expected):
+    monkeypatch.setattr(machine, "bf16_slowdown", lambda: 0.4 if has_units else 38.6)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_units or including_emulation)
     facts = SimpleNamespace(is_main_process=is_main, device=torch.device(device), mixed_precision=precision)
     warning = machine.precision_warning(facts)
-    assert (warning is not None) == is_warned
-    assert not is_warned or "38.6 times as long. Leave out --mixed_precision bf16." in warning
+    assert warning is None if expected is None else warning.endswith(expected)
 
 
 def test_the_slowdown_of_bf16_is_the_quotient_of_the_fastest_products(monkeypatch):

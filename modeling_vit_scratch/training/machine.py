@@ -132,16 +132,17 @@ def start_accelerator(
 
 
 def precision_warning(accelerator: Accelerator) -> str | None:
-    """What to leave out where bf16 was asked for and is the slower one, as the main process finds it; else None."""
-    if not accelerator.is_main_process or accelerator.device.type != "cpu" or accelerator.mixed_precision != "bf16":
+    """What to use instead where bf16 was asked for and is the slower one, as the main process finds it; else None."""
+    if not accelerator.is_main_process or accelerator.mixed_precision != "bf16":
         return None
-    slowdown = bf16_slowdown()
-    if slowdown < WORTH_A_WARNING:
-        return None
-    return (
-        f"bf16 is slower than float32 on this processor: matrix products take {slowdown:.1f} times as long. Leave out "
-        "--mixed_precision bf16."
-    )
+    if accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "This GPU has no units for bf16 and emulates it, slowly. Use --mixed_precision fp16."
+    if accelerator.device.type == "cpu" and (slowdown := bf16_slowdown()) > WORTH_A_WARNING:
+        return (
+            f"bf16 is slower than float32 on this processor: matrix products take {slowdown:.1f} times as long. Leave "
+            "out --mixed_precision bf16."
+        )
+    return None
 
 
 def bf16_slowdown() -> float:
