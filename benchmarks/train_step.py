@@ -10,8 +10,8 @@ A step is forward in autocast, cross-entropy, backward, fused AdamW. The network
 another order each round; a turn is two steps, the second one timed, for in training a step follows one of its own
 network. A number is the median over the rounds. "of peak" is the share of the largest matrix product rate measured
 between the rounds (2,048 x 2,048 on a CPU, 8,192 on a GPU); FLOPs are matrix products alone, three times the forward's.
-Memory is what a step needs at its peak beyond the process before: on a CPU measured in a process of its own, with
-weights, gradients and the optimizer's state.
+Memory is what a step needs at its peak beyond the process before, with weights, gradients and the optimizer's state: on
+a CPU the median of three processes of its own, for the heap grows otherwise in each.
 """
 
 import argparse
@@ -37,6 +37,7 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 PRECISION_NAMES = {"no": "float32", "bf16": "bf16"}  # in tables
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 COMPILED = " (compiled)"
+MEMORY_PROCESSES = 3  # that measure a network's memory on a CPU
 
 
 def training_step(model: nn.Module, shape: Shape, batch_size: int, precision: str, device: str) -> Callable[[], None]:
@@ -114,8 +115,9 @@ def peak_memory(name: str, shape: Shape, batch_size: int, precision: str, device
     """MiB that three steps of one network need beyond the process before them."""
     if device == "cuda":
         return _cuda_memory(name, shape, batch_size, precision)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_process_memory, (name, shape, batch_size, precision, torch.get_num_threads()))
+    work = (name, shape, batch_size, precision, torch.get_num_threads())
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return statistics.median(pool.apply(_process_memory, work) for _ in range(MEMORY_PROCESSES))
 
 
 def _cuda_memory(name: str, shape: Shape, batch_size: int, precision: str) -> float:
@@ -130,6 +132,7 @@ def _cuda_memory(name: str, shape: Shape, batch_size: int, precision: str) -> fl
 
 def _process_memory(name: str, shape: Shape, batch_size: int, precision: str, threads: int) -> float:
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as the processes that train
     tiny = Shape(32, 16, 24, 1, 3, 1, 2)
     training_step(PEERS[name](tiny), tiny, 2, precision, "cpu")()  # imports and libraries' own workspaces come first
     Path("/proc/self/clear_refs").write_text("5")  # the highest size is kept from before exec: it starts anew here
