@@ -371,7 +371,10 @@ def test_muons_iterations_are_those_of_double_precision_but_for_their_rounding(c
         np.testing.assert_allclose(update, left * values @ right, atol=tolerance)
 
 
-@pytest.mark.parametrize("mixed_precision, expected", [("no", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    "mixed_precision, expected",
+    [("no", None), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp8", torch.bfloat16)],
+)
 def test_muon_multiplies_in_the_runs_precision(mixed_precision, expected):
     """And in no other: bfloat16 takes thirty times as long as float32 where a processor has no units for it."""
     optimizer = build_optimizer(groups_of(tiny_model(), "muon"), RECIPE.replace(optim="muon"), mixed_precision)

@@ -146,13 +146,13 @@ def precision_warning(accelerator: Accelerator) -> str | None:
 
 
 def bf16_slowdown() -> float:
-    """Seconds of matrix products in bf16 over those in float32 on the CPU, measured within a tenth of a second.
+    """Seconds of matrix products in bf16 over those in float32 on the CPU, measured in about a tenth of a second.
 
     Less than one with AMX or AVX-512 bf16; twenty and more where there is no unit for it, as in most laptops.
     """
     fastest = []
     for dtype in (torch.bfloat16, torch.float32):
-        left, right = torch.rand(2, 256, 256).to(dtype)
+        left, right = torch.ones(2, 256, 256, dtype=dtype)
         taken = []
         for _ in range(4):  # the first one sets up
             start = time.perf_counter()

@@ -192,11 +192,13 @@ OPTIMIZERS: dict[str, Callable[[list[ParameterGroup], Recipe], torch.optim.Optim
     "sgd": build_sgd,
     "muon": build_muon,
 }
-COMPUTE_DTYPES: dict[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPUTE_DTYPES: dict[str, torch.dtype | None] = {
+    "no": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16,
+}  # fmt: skip
 
 
 def build_optimizer(groups: list[ParameterGroup], recipe: Recipe, mixed_precision: str) -> torch.optim.Optimizer:
-    """The recipe's optimizer. mixed_precision, "no", "bf16" or "fp16": Muon multiplies in it, as the network does."""
+    """The recipe's optimizer. mixed_precision is the run's: Muon multiplies in it, as the network does."""
     if recipe.optim == "muon":
         return build_muon(groups, recipe, COMPUTE_DTYPES[mixed_precision])
     return OPTIMIZERS[recipe.optim](groups, recipe)
