@@ -75,7 +75,9 @@ def test_bf16_is_warned_of_where_nothing_computes_it(monkeypatch, precision, dev
 
 
 def test_the_slowdown_of_bf16_is_the_quotient_of_the_fastest_products(monkeypatch):
-    bf16, float32 = [0, 9, 0, 3, 0, 4, 0, 5], [0, 8, 0, 2, 0, 7, 0, 6]  # start and end of four turns each
-    clock = iter(bf16 + float32)
+    bf16, float32 = [9, 3, 4, 5, 8], [7, 8, 5, 2, 6]  # seconds of five turns each
+    clock = iter([moment for taken in bf16 + float32 for moment in (0, taken)])
     monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
+    num_threads = torch.get_num_threads()
     assert machine.bf16_slowdown() == 1.5
+    assert torch.get_num_threads() == num_threads
