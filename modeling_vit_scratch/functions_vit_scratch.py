@@ -66,6 +66,7 @@ def computes_activation_anew(
         and states.device.type == "cpu"
         and states.dtype == (torch.get_autocast_dtype("cpu") if autocast else linear.weight.dtype)
         and not torch.compiler.is_compiling()
+        and not _has_any_global_hook()
         and is_untouched(activation, GELUActivation)
         and activation.act is nn.functional.gelu
         and is_untouched(dropout, nn.Dropout)
@@ -76,5 +77,4 @@ def computes_activation_anew(
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is exactly of its kind: no hook of it and no other library's forward would miss its call."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    is_watched = any(hooks) or _has_any_global_hook()
-    return type(module) is kind and "forward" not in vars(module) and not is_watched
+    return type(module) is kind and "forward" not in vars(module) and not any(hooks)
