@@ -31,6 +31,7 @@ from recorded import markdown_table, write_record
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from modeling_vit_scratch.functions_vit_scratch import multiply
 from modeling_vit_scratch.training.machine import keep_freed_memory
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
@@ -68,10 +69,11 @@ def step_flops(shape: Shape) -> int:
 
 
 def matrix_product_rate(precision: str, device: str) -> float:
-    """FLOP/s of one large product of square matrices, the best of five."""
+    """FLOP/s of one large product of square matrices, the best of five by PyTorch's library and by ours."""
     side = MATRIX_SIDE[device]
     left, right = (torch.randn(side, side, device=device, dtype=PRECISIONS[precision]) for _ in range(2))
-    return 2 * side**3 / min(seconds(lambda: left @ right, device) for _ in range(5))
+    libraries = (lambda: left @ right, lambda: multiply(left, right))
+    return 2 * side**3 / min(seconds(product, device) for product in libraries for _ in range(5))
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:

@@ -1,57 +1,132 @@
-"""A step of the MLP with a backward pass of its own: autograd's derivatives, in less memory.
+"""What a CPU does otherwise than PyTorch would: float32 products by the faster library, and an MLP that keeps less.
 
-It can be differentiated twice, and under torch.func's grad and vmap. This file travels to the Hub beside a checkpoint.
+Both give autograd's derivatives, twice too, and torch.func's grad and vmap. This file travels to the Hub beside a
+checkpoint. What was measured is in benchmarks/NOTES.md.
 """
+
+import functools
+import platform
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.grad import conv2d_weight
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import GELUActivation
 
+# ---------------------------------------------------------------- products
 
-class ActivatedLinear(torch.autograd.Function):
-    """linear(gelu(states), weight, bias): states (..., M), weight (D, M), bias (D,) or None -> (..., D).
+SMALLEST_PRODUCT = 2**21  # multiplications, below which oneDNN's start takes longer than it saves
 
-    It keeps `states` alone for the backward pass, which computes the activation anew.
+
+@functools.cache
+def is_faster_by_onednn() -> bool:
+    """Whether oneDNN multiplies in float32 faster than MKL, which PyTorch calls and which knows no AVX-512 of AMD's."""
+    try:
+        processor = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        processor = platform.processor()
+    has_both = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return has_both and "AuthenticAMD" in processor
+
+
+def is_for_onednn(states: torch.Tensor, num_outputs: int) -> bool:
+    """Whether oneDNN multiplies (..., M) by (M, num_outputs): float32 on a CPU, outside of compilers and transforms."""
+    return (
+        not torch.compiler.is_compiling()  # first: neither can trace the rest
+        and not torch.jit.is_tracing()
+        and is_faster_by_onednn()
+        and states.dtype == torch.float32
+        and states.device.type == "cpu"
+        and states.numel() * num_outputs >= SMALLEST_PRODUCT
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def multiply(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """states weight^T + bias, as nn.functional.linear: (..., M), (D, M) and (D,) -> (..., D)."""
+    if not is_for_onednn(states, weight.shape[0]):
+        return nn.functional.linear(states, weight, bias)
+    tensors = (states, weight) if bias is None else (states, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return LinearFunction.apply(states, weight, bias, False)
+    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+
+
+def weight_gradient(grad_output: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """grad_output^T states, summed over all rows: (..., D) and (..., M) -> (D, M)."""
+    grad_rows, rows = grad_output.reshape(-1, grad_output.shape[-1]), states.reshape(-1, states.shape[-1])
+    if not (is_for_onednn(states, grad_rows.shape[1]) and torch.backends.cpu.get_cpu_capability() == "AVX512"):
+        return grad_rows.t() @ rows
+    # as the gradient of a 1 x 1 convolution, an image of one line whose pixels are the rows: oneDNN's matrix products
+    # would transpose first. One pixel has nothing to dilate, but on one thread torch has only dilated ones from oneDNN
+    images, grad_images = (matrix[None, None].permute(0, 3, 1, 2) for matrix in (rows, grad_rows))  # (1, M, 1, rows)
+    shape = (grad_rows.shape[1], rows.shape[1], 1, 1)
+    return conv2d_weight(images, shape, grad_images, dilation=(2, 1)).flatten(1)
+
+
+class LinearFunction(torch.autograd.Function):
+    """multiply(states, weight, bias), of gelu(states) with `after_gelu`: (..., M), (D, M), (D,) or None -> (..., D).
+
+    Its gradients are products of the same library. It keeps `states` alone for the backward pass, which computes the
+    activation anew.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return nn.functional.linear(nn.functional.gelu(states), weight, bias)
+    def forward(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, after_gelu: bool):
+        return multiply(nn.functional.gelu(states) if after_gelu else states, weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: torch.Tensor):
         ctx.save_for_backward(*inputs[:2])
+        ctx.after_gelu = inputs[3]
 
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor) -> tuple:
         states, weight = ctx.saved_tensors
-        rows = grad_output.reshape(-1, weight.shape[0])
         grad_states = grad_weight = grad_bias = None
         if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(dim=0)
+            grad_bias = grad_output.reshape(-1, weight.shape[0]).sum(dim=0)
         if ctx.needs_input_grad[1]:
-            grad_weight = rows.t() @ nn.functional.gelu(states).reshape(-1, weight.shape[1])
+            grad_weight = weight_gradient(grad_output, nn.functional.gelu(states) if ctx.after_gelu else states)
         if ctx.needs_input_grad[0]:
-            grad_states = torch.ops.aten.gelu_backward(grad_output @ weight, states)
-        return grad_states, grad_weight, grad_bias
+            grad_states = multiply(grad_output, weight.t())
+            if ctx.after_gelu:
+                grad_states = torch.ops.aten.gelu_backward(grad_states, states)
+        return grad_states, grad_weight, grad_bias, None
+
+
+def linear(states: torch.Tensor, module: nn.Linear) -> torch.Tensor:
+    """module(states), (..., M) -> (..., D), by the faster library where nobody looks on."""
+    if is_untouched(module, nn.Linear) and is_for_onednn(states, module.out_features) and not _has_any_global_hook():
+        weight = module.weight
+        if type(weight) in (nn.Parameter, torch.Tensor) and weight.dtype == states.dtype:  # no shard, no quantized one
+            return multiply(states, weight, module.bias)
+    return module(states)
+
+
+# ---------------------------------------------------------------- the MLP
 
 
 def activated_linear(
-    states: torch.Tensor, activation: nn.Module, dropout: nn.Dropout, linear: nn.Linear
+    states: torch.Tensor, activation: nn.Module, dropout: nn.Dropout, module: nn.Linear
 ) -> torch.Tensor:
-    """linear(dropout(activation(states))), (..., M) -> (..., D), by ActivatedLinear where that gives the same bits."""
-    if not computes_activation_anew(states, activation, dropout, linear):
-        return linear(dropout(activation(states)))
+    """module(dropout(activation(states))), (..., M) -> (..., D); keeps no activation where that gives the same bits."""
+    if not computes_activation_anew(states, activation, dropout, module):
+        return linear(dropout(activation(states)), module)
     # as autocast would; inside, it would leave those kept for the backward pass in float32
-    cast = (None if part is None else part.to(states.dtype) for part in (linear.weight, linear.bias))
-    return ActivatedLinear.apply(states, *cast)
+    cast = (None if part is None else part.to(states.dtype) for part in (module.weight, module.bias))
+    return LinearFunction.apply(states, *cast, True)
 
 
 def computes_activation_anew(
-    states: torch.Tensor, activation: nn.Module, dropout: nn.Dropout, linear: nn.Linear
+    states: torch.Tensor, activation: nn.Module, dropout: nn.Dropout, module: nn.Linear
 ) -> bool:
     """Whether to train without keeping the activation, the widest tensor of a layer; benchmarks/NOTES.md has the price.
 
@@ -64,13 +139,13 @@ def computes_activation_anew(
         and dropout.p == 0.0
         and torch.is_grad_enabled()
         and states.device.type == "cpu"
-        and states.dtype == (torch.get_autocast_dtype("cpu") if autocast else linear.weight.dtype)
+        and states.dtype == (torch.get_autocast_dtype("cpu") if autocast else module.weight.dtype)
         and not torch.compiler.is_compiling()
         and not _has_any_global_hook()
         and is_untouched(activation, GELUActivation)
         and activation.act is nn.functional.gelu
         and is_untouched(dropout, nn.Dropout)
-        and is_untouched(linear, nn.Linear)
+        and is_untouched(module, nn.Linear)
     )
 
 

@@ -29,7 +29,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vit_scratch import ViTScratchConfig
-from .functions_vit_scratch import activated_linear
+from .functions_vit_scratch import activated_linear, linear
 
 # ---------------------------------------------------------------- equation 1: patches, tokens, positions
 
@@ -289,9 +289,9 @@ class ViTScratchAttention(nn.Module):
             # one cast, where the three products would each have their own
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         heads = (batch_size, num_tokens, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, A, N, F)
-        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, A, N, F)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # (B, A, N, F)
+        query = self.q_norm(linear(hidden_states, self.q_proj).view(heads)).transpose(1, 2)  # (B, A, N, F)
+        key = self.k_norm(linear(hidden_states, self.k_proj).view(heads)).transpose(1, 2)  # (B, A, N, F)
+        value = linear(hidden_states, self.v_proj).view(heads).transpose(1, 2)  # (B, A, N, F)
         if rotary_tables is not None:
             query, key = rotate(query, rotary_tables), rotate(key, rotary_tables)
         dropout = self.attention_dropout if self.training else 0.0
@@ -302,7 +302,7 @@ class ViTScratchAttention(nn.Module):
         output, weights = attention(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.reshape(batch_size, num_tokens, -1)), weights
+        return linear(output.reshape(batch_size, num_tokens, -1), self.o_proj), weights
 
 
 # ---------------------------------------------------------------- equation 3: the MLP
@@ -322,7 +322,7 @@ class ViTScratchMLP(nn.Module):
         self.output_dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.fc1(hidden_states)  # (B, N, M)
+        hidden_states = linear(hidden_states, self.fc1)  # (B, N, M)
         # fc2(hidden_dropout(activation_fn(hidden_states))), (B, N, D)
         hidden_states = activated_linear(hidden_states, self.activation_fn, self.hidden_dropout, self.fc2)
         return self.output_dropout(hidden_states)

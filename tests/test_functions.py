@@ -1,4 +1,6 @@
-"""The step with a backward pass of its own gives autograd's derivatives, and steps aside where somebody looks on."""
+"""The steps with a backward pass of their own give autograd's derivatives, and step aside where somebody looks on."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +13,30 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.modules.module import register_module_forward_hook
 from transformers.pytorch_utils import Conv1D
 
-from modeling_vit_scratch.functions_vit_scratch import ActivatedLinear, computes_activation_anew, is_untouched
+from modeling_vit_scratch import functions_vit_scratch as functions
+from modeling_vit_scratch.functions_vit_scratch import (
+    LinearFunction,
+    computes_activation_anew,
+    is_for_onednn,
+    is_untouched,
+    linear,
+    multiply,
+    weight_gradient,
+)
 
 LABELS = torch.tensor([0, 1, 2])
 PRECISIONS = pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+AMD, INTEL = "vendor_id\t: AuthenticAMD\n", "vendor_id\t: GenuineIntel\n"
+
+
+@pytest.fixture(params=["pytorch", "oneDNN"], autouse=True)
+def library(request, monkeypatch) -> str:
+    """The library of float32 products: what holds for one holds for the other, whatever processor this is."""
+    if request.param == "oneDNN" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(functions, "is_faster_by_onednn", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(functions, "SMALLEST_PRODUCT", 1)
+    return request.param
 
 
 def in_float64(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -59,11 +81,15 @@ def is_anew(mlp: nn.Module, **options) -> bool:
 # ---------------------------------------------------------------- the derivatives
 
 
+def activated(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return LinearFunction.apply(states, weight, bias, True)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_first_and_second_derivatives_of_gelu_and_matrix_are_finite_differences(bias):
     tensors = in_float64((2, 3, 4), (5, 4), (5,))
     for check in (gradcheck, gradgradcheck):
-        assert check(ActivatedLinear.apply, tensors if bias else [*tensors[:2], None])
+        assert check(activated, tensors if bias else [*tensors[:2], None])
 
 
 @PRECISIONS
@@ -103,7 +129,7 @@ def test_a_batch_of_gradients_goes_backward_at_once():
     """As torch.autograd.functional.jacobian(vectorize=True) asks for, which has no rule for `flatten` there."""
     tensors = states, weight, bias = in_float64((2, 3, 4), (5, 4), (5,))
     directions = torch.eye(30, dtype=torch.float64).view(30, 2, 3, 5)
-    ours, plain = ActivatedLinear.apply(*tensors), nn.functional.linear(nn.functional.gelu(states), weight, bias)
+    ours, plain = activated(*tensors), nn.functional.linear(nn.functional.gelu(states), weight, bias)
     found = torch.autograd.grad(ours, tensors, directions, is_grads_batched=True)
     expected = torch.autograd.grad(plain, tensors, directions, is_grads_batched=True)
     for one, other in zip(found, expected, strict=True):
@@ -123,6 +149,110 @@ def test_states_of_another_precision_than_the_product_take_the_plain_path(bf16):
     mlp = build().train().vit.layers[0].mlp
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         assert [is_anew(mlp, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)] == [not bf16, bf16]
+
+
+# ---------------------------------------------------------------- products
+
+
+def derivatives(product, tensors: list[torch.Tensor], direction: torch.Tensor) -> list[torch.Tensor]:
+    """A product's value, its first derivatives, and those of their squares' sum."""
+    output = product(*tensors)
+    first = torch.autograd.grad((output * direction).sum(), tensors, create_graph=True)
+    # weighted, for a bias' derivative is the direction's sum and depends on nothing
+    second = torch.autograd.grad(sum((gradient**2).sum() for gradient in first), tensors[:2])
+    return [output, *first, *second]
+
+
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 3, 8), (5, 8), (8,), (1, 1, 8)], ids=str)
+def test_a_product_and_its_derivatives_are_those_of_float64(monkeypatch, capability, bias, shape):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    exact = in_float64(shape, (6, 8), (6,))[: 3 if bias else 2]
+    rounded = [tensor.detach().float().requires_grad_() for tensor in exact]
+    direction = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    found = derivatives(multiply, rounded, direction.float())
+    for one, other in zip(found, derivatives(nn.functional.linear, exact, direction), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_gradient_of_a_weight_sums_over_all_rows(monkeypatch, capability, threads):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    grad_output, states = (tensor.detach().float() for tensor in in_float64((7, 33, 12), (7, 33, 20)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found = weight_gradient(grad_output, states)
+    torch.set_num_threads(before)
+    expected = torch.einsum("bnd,bnm->dm", grad_output.double(), states.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_network_is_the_same_by_either_library(library, monkeypatch):
+    found = []
+    for is_onednn in (False, library == "oneDNN"):
+        monkeypatch.setattr(functions, "is_faster_by_onednn", lambda is_onednn=is_onednn: is_onednn)
+        model = build().train()
+        gradients = loss_and_gradients(model, False)
+        with torch.no_grad():
+            found.append([*gradients, model.eval()(images()).logits])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_product_of_no_rows_is_empty():
+    assert linear(torch.zeros(0, 3, 4), nn.Linear(4, 5)).shape == (0, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("processor", "is_faster"), [(AMD, True), (INTEL, False), (None, False)], ids=["AMD", "Intel", "unknown"]
+)
+def test_onednn_multiplies_on_processors_whose_avx512_mkl_does_not_use(monkeypatch, processor, is_faster):
+    monkeypatch.undo()
+
+    def read_text(path):
+        if processor is None:
+            raise FileNotFoundError(path)
+        return processor
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(functions.platform, "processor", lambda: "")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    asked = functions.is_faster_by_onednn.__wrapped__
+    assert asked() is (is_faster and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert asked() is False
+
+
+def test_onednn_multiplies_float32_on_a_cpu_and_nothing_else(library, monkeypatch):
+    states, is_onednn = torch.ones(2, 4), library == "oneDNN"
+    assert is_for_onednn(states, 8) is is_onednn
+    for other in (states.double(), states.bfloat16(), states.to("meta"), states[:0]):
+        assert not is_for_onednn(other, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_for_onednn(states, 8)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not is_for_onednn(states, 8)
+    monkeypatch.setattr(functions, "SMALLEST_PRODUCT", 64)
+    assert [is_for_onednn(states, num_outputs) for num_outputs in (7, 8)] == [False, is_onednn]
+
+
+def test_transforms_and_exporters_find_products_that_they_know():
+    module, states = nn.Linear(4, 5).requires_grad_(False), torch.randn(3, 4)  # a trace takes no other constants
+    expected = module(states)
+    functions_of = {name: str(torch.jit.trace(call, states, check_trace=False).graph) for name, call in (
+        ("ours", lambda states: linear(states, module)), ("torch's", module.forward))}  # fmt: skip
+    assert all("aten::linear" in graph and "mkldnn" not in graph for graph in functions_of.values())
+    _, tangent = torch.func.jvp(lambda states: linear(states, module), (states,), (torch.ones_like(states),))
+    torch.testing.assert_close(tangent, module.weight.sum(dim=1).expand(3, 5))
+    with torch.autograd.forward_ad.dual_level():
+        dual = linear(torch.autograd.forward_ad.make_dual(states, torch.ones_like(states)), module)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+    each = vmap(lambda row: linear(row, module))(states)
+    torch.testing.assert_close(each, expected, rtol=1e-5, atol=1e-6)
+    found = torch.autograd.functional.jacobian(lambda states: linear(states, module), states, vectorize=True)
+    torch.testing.assert_close(found[1, :, 1], module.weight.detach(), rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------- what is kept
@@ -157,6 +287,17 @@ def test_outside_of_training_nothing_is_computed_anew():
 
 
 # ---------------------------------------------------------------- who looks on
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "o_proj"])
+def test_a_hook_sees_every_matrix_of_attention(name):
+    attention, seen = build().vit.layers[0].attention, []
+    handle = getattr(attention, name).register_forward_hook(lambda module, inputs, output: seen.append(name))
+    attention(torch.randn(1, 2, 32))
+    assert seen == [name]
+    handle.remove()
+    attention(torch.randn(1, 2, 32))
+    assert seen == [name]
 
 
 def test_a_hook_sees_every_step_of_the_mlp():
