@@ -7,8 +7,9 @@ import timm.optim
 import torch
 from accelerate import Accelerator
 
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, functions_vit_scratch
 from modeling_vit_scratch.errors import UserError
+from modeling_vit_scratch.training import muon
 from modeling_vit_scratch.training.checkpointing import load_optimizer_tensors, optimizer_tensors
 from modeling_vit_scratch.training.finetuning import prepare_finetuning
 from modeling_vit_scratch.training.muon import COEFFICIENTS, NUM_ITERATIONS, orthogonalised
@@ -359,8 +360,16 @@ def test_muons_update_is_nearly_the_orthogonal_factor_of_each_matrix(rows, colum
     assert cosines.min() > 0.95
 
 
+@pytest.mark.parametrize("is_onednn", [False, True], ids=["pytorch", "oneDNN"])
 @pytest.mark.parametrize("compute_dtype, tolerance", [(None, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.005)])
-def test_muons_iterations_are_those_of_double_precision_but_for_their_rounding(compute_dtype, tolerance):
+def test_muons_iterations_are_those_of_double_precision_but_for_their_rounding(
+    compute_dtype, tolerance, is_onednn, monkeypatch
+):
+    if is_onednn and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(functions_vit_scratch, "is_faster_by_onednn", lambda: is_onednn)
+    monkeypatch.setattr(functions_vit_scratch, "SMALLEST_PRODUCT", 1)
+    monkeypatch.setattr(muon, "SMALLEST_SIDE", 1)
     matrices = torch.randn(3, 16, 24, generator=torch.Generator().manual_seed(0)) * 1e4  # whose squares float16 lacks
     found = orthogonalised(matrices, compute_dtype)
     assert found.dtype == (compute_dtype or torch.float32)

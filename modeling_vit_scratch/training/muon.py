@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 
+from ..functions_vit_scratch import is_for_onednn, multiply
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: steep at zero, so that five iterations suffice
 NUM_ITERATIONS = 5
+SMALLEST_SIDE = 192  # of a matrix, from which oneDNN's products, one after the other, beat a batch of MKL's
 
 
 class Muon(torch.optim.Optimizer):
@@ -82,9 +85,22 @@ def orthogonalised(matrices: torch.Tensor, compute_dtype: torch.dtype | None = N
     factors = matrices.transpose(1, 2) if is_tall else matrices
     factors = factors / factors.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     factors = factors.to(compute_dtype or matrices.dtype)
+    if factors.shape[1] >= SMALLEST_SIDE and is_for_onednn(factors[0], factors.shape[1]):
+        factors = torch.stack([_iterated(factor) for factor in factors])
+    else:
+        a, b, c = COEFFICIENTS
+        for _ in range(NUM_ITERATIONS):
+            gram = factors @ factors.transpose(1, 2)
+            gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factors = torch.baddbmm(factors, gram, factors, beta=a)
+    return factors.transpose(1, 2) if is_tall else factors
+
+
+def _iterated(factor: torch.Tensor) -> torch.Tensor:
+    """The same iterations of one matrix (rows, columns), by the products of functions_vit_scratch.py."""
     a, b, c = COEFFICIENTS
     for _ in range(NUM_ITERATIONS):
-        gram = factors @ factors.transpose(1, 2)
-        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        factors = torch.baddbmm(factors, gram, factors, beta=a)
-    return factors.transpose(1, 2) if is_tall else factors
+        gram = multiply(factor, factor)
+        gram = torch.add(b * gram, multiply(gram, gram), alpha=c)  # symmetric: its square, too
+        factor = torch.add(a * factor, multiply(gram, factor.t()))
+    return factor
