@@ -9,9 +9,10 @@ python benchmarks/train_step.py --device cuda --compile --batch_size 512 --shape
 A step is forward in autocast, cross-entropy, backward, fused AdamW. The networks take turns within one process, in
 another order each round; a turn is two steps, the second one timed, for in training a step follows one of its own
 network. A number is the median over the rounds. "of peak" is the share of the largest matrix product rate measured
-between the rounds (2,048 x 2,048 on a CPU, 8,192 on a GPU); FLOPs are matrix products alone, three times the forward's.
-Memory is what a step needs at its peak beyond the process before, with weights, gradients and the optimizer's state: on
-a CPU the median of three processes of its own, for the heap grows otherwise in each.
+between the rounds (2,048 x 2,048 on a CPU, 8,192 on a GPU), by PyTorch's library or functions_vit_scratch.py's; FLOPs
+are matrix products alone, three times the forward's. Memory is what a step needs at its peak beyond the process before,
+with weights, gradients and the optimizer's state: on a CPU the median of three processes of its own, for the heap grows
+otherwise in each.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from recorded import markdown_table, write_record
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_vit_scratch.functions_vit_scratch import multiply
+from modeling_vit_scratch.functions_vit_scratch import linear_product
 from modeling_vit_scratch.training.machine import keep_freed_memory
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
@@ -72,7 +73,7 @@ def matrix_product_rate(precision: str, device: str) -> float:
     """FLOP/s of one large product of square matrices, the best of five by PyTorch's library and by ours."""
     side = MATRIX_SIDE[device]
     left, right = (torch.randn(side, side, device=device, dtype=PRECISIONS[precision]) for _ in range(2))
-    libraries = (lambda: left @ right, lambda: multiply(left, right))
+    libraries = (lambda: left @ right, lambda: linear_product(left, right.t()))
     return 2 * side**3 / min(seconds(product, device) for product in libraries for _ in range(5))
 
 

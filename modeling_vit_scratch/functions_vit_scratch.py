@@ -18,6 +18,7 @@ from transformers.activations import GELUActivation
 # ---------------------------------------------------------------- products
 
 SMALLEST_PRODUCT = 2**21  # multiplications, below which oneDNN's start takes longer than it saves
+SMALLEST_IMAGE = 20480  # numbers, up to which torch takes another library for the convolution of a single image
 
 
 @functools.cache
@@ -31,15 +32,19 @@ def is_faster_by_onednn() -> bool:
     return has_both and "AuthenticAMD" in processor
 
 
-def is_for_onednn(states: torch.Tensor, num_outputs: int) -> bool:
-    """Whether oneDNN multiplies (..., M) by (M, num_outputs): float32 on a CPU, outside of compilers and transforms."""
+def is_for_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN multiplies states by weight^T, (..., M) and (D, M): dense float32 on a CPU.
+
+    Compilers, exporters and transforms have rules for PyTorch's own product alone, and so have other kinds of tensors.
+    """
     return (
         not torch.compiler.is_compiling()  # first: neither can trace the rest
         and not torch.jit.is_tracing()
         and is_faster_by_onednn()
-        and states.dtype == torch.float32
-        and states.device.type == "cpu"
-        and states.numel() * num_outputs >= SMALLEST_PRODUCT
+        and _is_dense_float32(states)
+        and _is_dense_float32(weight)
+        and states.numel() * weight.shape[0] >= SMALLEST_PRODUCT
+        and (weight.is_contiguous() or weight.t().is_contiguous())
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
@@ -47,9 +52,15 @@ def is_for_onednn(states: torch.Tensor, num_outputs: int) -> bool:
     )
 
 
-def multiply(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _is_dense_float32(tensor: torch.Tensor) -> bool:
+    """Not a shard, a quantized or a sparse one."""
+    is_plain = type(tensor) in (nn.Parameter, torch.Tensor) and tensor.layout == torch.strided
+    return is_plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+def linear_product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """states weight^T + bias, as nn.functional.linear: (..., M), (D, M) and (D,) -> (..., D)."""
-    if not is_for_onednn(states, weight.shape[0]):
+    if not is_for_onednn(states, weight):
         return nn.functional.linear(states, weight, bias)
     tensors = (states, weight) if bias is None else (states, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -60,7 +71,7 @@ def multiply(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 def weight_gradient(grad_output: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """grad_output^T states, summed over all rows: (..., D) and (..., M) -> (D, M)."""
     grad_rows, rows = grad_output.reshape(-1, grad_output.shape[-1]), states.reshape(-1, states.shape[-1])
-    if not (is_for_onednn(states, grad_rows.shape[1]) and torch.backends.cpu.get_cpu_capability() == "AVX512"):
+    if not is_for_convolution(grad_rows, rows):
         return grad_rows.t() @ rows
     # as the gradient of a 1 x 1 convolution, an image of one line whose pixels are the rows: oneDNN's matrix products
     # would transpose first. One pixel has nothing to dilate, but on one thread torch has only dilated ones from oneDNN
@@ -69,34 +80,46 @@ def weight_gradient(grad_output: torch.Tensor, states: torch.Tensor) -> torch.Te
     return conv2d_weight(images, shape, grad_images, dilation=(2, 1)).flatten(1)
 
 
-class LinearFunction(torch.autograd.Function):
-    """multiply(states, weight, bias), of gelu(states) with `after_gelu`: (..., M), (D, M), (D,) or None -> (..., D).
+def is_for_convolution(grad_rows: torch.Tensor, rows: torch.Tensor) -> bool:
+    """Whether oneDNN's convolution gives a weight's gradient: with AVX-512, and where torch would call it."""
+    mkldnn = torch.backends.mkldnn
+    return (
+        is_for_onednn(grad_rows.t(), rows.t())
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and rows.numel() > SMALLEST_IMAGE
+        and mkldnn.conv.fp32_precision == mkldnn.matmul.fp32_precision  # nobody allows convolutions alone to round
+    )
 
-    Its gradients are products of the same library. It keeps `states` alone for the backward pass, which computes the
-    activation anew.
+
+class LinearFunction(torch.autograd.Function):
+    """linear_product of states, or of gelu(states) with `after_gelu`: (..., M), (D, M), (D,) or None -> (..., D).
+
+    Its gradients are products of the same library. For the backward pass it keeps no activation, which is computed anew
+    there, and nothing that no gradient needs.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, after_gelu: bool):
-        return multiply(nn.functional.gelu(states) if after_gelu else states, weight, bias)
+        return linear_product(nn.functional.gelu(states) if after_gelu else states, weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: torch.Tensor):
-        ctx.save_for_backward(*inputs[:2])
-        ctx.after_gelu = inputs[3]
+        states, weight, _, ctx.after_gelu = inputs
+        needs_states = ctx.needs_input_grad[1] or (ctx.after_gelu and ctx.needs_input_grad[0])
+        ctx.save_for_backward(states if needs_states else None, weight if ctx.needs_input_grad[0] else None)
 
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor) -> tuple:
         states, weight = ctx.saved_tensors
         grad_states = grad_weight = grad_bias = None
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_output.reshape(-1, weight.shape[0]).sum(dim=0)
+            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(dim=0)
         if ctx.needs_input_grad[1]:
             grad_weight = weight_gradient(grad_output, nn.functional.gelu(states) if ctx.after_gelu else states)
         if ctx.needs_input_grad[0]:
-            grad_states = multiply(grad_output, weight.t())
+            grad_states = linear_product(grad_output, weight.t())
             if ctx.after_gelu:
                 grad_states = torch.ops.aten.gelu_backward(grad_states, states)
         return grad_states, grad_weight, grad_bias, None
@@ -104,10 +127,9 @@ class LinearFunction(torch.autograd.Function):
 
 def linear(states: torch.Tensor, module: nn.Linear) -> torch.Tensor:
     """module(states), (..., M) -> (..., D), by the faster library where nobody looks on."""
-    if is_untouched(module, nn.Linear) and is_for_onednn(states, module.out_features) and not _has_any_global_hook():
-        weight = module.weight
-        if type(weight) in (nn.Parameter, torch.Tensor) and weight.dtype == states.dtype:  # no shard, no quantized one
-            return multiply(states, weight, module.bias)
+    is_plain = not torch.compiler.is_compiling() and is_untouched(module, nn.Linear) and not _has_any_global_hook()
+    if is_plain and is_for_onednn(states, module.weight):
+        return linear_product(states, module.weight, module.bias)
     return module(states)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..functions_vit_scratch import is_for_onednn, multiply
+from ..functions_vit_scratch import is_for_onednn, linear_product
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: steep at zero, so that five iterations suffice
 NUM_ITERATIONS = 5
@@ -85,7 +85,7 @@ def orthogonalised(matrices: torch.Tensor, compute_dtype: torch.dtype | None = N
     factors = matrices.transpose(1, 2) if is_tall else matrices
     factors = factors / factors.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     factors = factors.to(compute_dtype or matrices.dtype)
-    if factors.shape[1] >= SMALLEST_SIDE and is_for_onednn(factors[0], factors.shape[1]):
+    if factors.shape[1] >= SMALLEST_SIDE and is_for_onednn(factors[0], factors[0]):
         factors = torch.stack([_iterated(factor) for factor in factors])
     else:
         a, b, c = COEFFICIENTS
@@ -100,7 +100,7 @@ def _iterated(factor: torch.Tensor) -> torch.Tensor:
     """The same iterations of one matrix (rows, columns), by the products of functions_vit_scratch.py."""
     a, b, c = COEFFICIENTS
     for _ in range(NUM_ITERATIONS):
-        gram = multiply(factor, factor)
-        gram = torch.add(b * gram, multiply(gram, gram), alpha=c)  # symmetric: its square, too
-        factor = torch.add(a * factor, multiply(gram, factor.t()))
+        gram = linear_product(factor, factor)
+        gram = torch.add(b * gram, linear_product(gram, gram), alpha=c)  # a gram matrix is its transpose
+        factor = torch.add(a * factor, linear_product(gram, factor.t()))
     return factor
