@@ -53,9 +53,12 @@ def is_for_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _is_dense_float32(tensor: torch.Tensor) -> bool:
-    """Not a shard, a quantized or a sparse one."""
-    is_plain = type(tensor) in (nn.Parameter, torch.Tensor) and tensor.layout == torch.strided
-    return is_plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    return is_dense(tensor) and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is an array of numbers: no shard of one, nothing quantized or sparse."""
+    return type(tensor) in (nn.Parameter, torch.Tensor) and tensor.layout == torch.strided
 
 
 def linear_product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -168,6 +171,7 @@ def computes_activation_anew(
         and activation.act is nn.functional.gelu
         and is_untouched(dropout, nn.Dropout)
         and is_untouched(module, nn.Linear)
+        and is_dense(module.weight)
     )
 
 

@@ -340,6 +340,7 @@ def test_a_weight_of_another_kind_is_multiplied_as_it_wants(name):
         del module.weight
         module.weight = weight.as_subclass(kind)
         assert type(module.weight) is kind
+        assert is_anew(mlp) is (module is not mlp.fc2 or kind is torch.Tensor)
         found.append(mlp(torch.linspace(-1, 1, 64).view(1, 2, 32)).detach())
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
