@@ -63,8 +63,12 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def linear_product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """states weight^T + bias, as nn.functional.linear: (..., M), (D, M) and (D,) -> (..., D)."""
-    if not is_for_onednn(states, weight):
-        return nn.functional.linear(states, weight, bias)
+    product = onednn_product if is_for_onednn(states, weight) else nn.functional.linear
+    return product(states, weight, bias)
+
+
+def onednn_product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same by oneDNN, where is_for_onednn allows it."""
     tensors = (states, weight) if bias is None else (states, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return LinearFunction.apply(states, weight, bias, False)
@@ -132,7 +136,7 @@ def linear(states: torch.Tensor, module: nn.Linear) -> torch.Tensor:
     """module(states), (..., M) -> (..., D), by the faster library where nobody looks on."""
     is_plain = not torch.compiler.is_compiling() and is_untouched(module, nn.Linear) and not _has_any_global_hook()
     if is_plain and is_for_onednn(states, module.weight):
-        return linear_product(states, module.weight, module.bias)
+        return onednn_product(states, module.weight, module.bias)
     return module(states)
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from modeling_vit_scratch import functions_vit_scratch
+
 datasets.disable_progress_bars()
 torch.set_num_threads(1)  # the networks are tiny: a second thread costs more than it brings
 
@@ -28,6 +30,16 @@ def write_shard(path, images, labels):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     path.parent.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(path, batch_size=5)
+
+
+@pytest.fixture(params=["pytorch", "oneDNN"])
+def library(request, monkeypatch) -> str:
+    """The library of float32 products: what holds for one holds for the other, whatever processor this is."""
+    if request.param == "oneDNN" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(functions_vit_scratch, "is_faster_by_onednn", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(functions_vit_scratch, "SMALLEST_PRODUCT", 1)
+    return request.param
 
 
 @pytest.fixture
