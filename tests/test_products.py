@@ -21,12 +21,14 @@ from modeling_vit_scratch.functions_vit_scratch import (
 )
 
 pytestmark = pytest.mark.usefixtures("library")
-PROCESSORS = {  # what /proc/cpuinfo says, or platform.processor() where there is none; whether it is AMD's
-    "Linux, AMD": ("vendor_id\t: AuthenticAMD\n", "", True),
-    "Linux, Intel": ("vendor_id\t: GenuineIntel\n", "", False),
-    "Windows, AMD": (None, "AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD", True),
-    "Windows, Intel": (None, "Intel64 Family 6 Model 158 Stepping 10, GenuineIntel", False),
-    "macOS": (None, "arm", False),
+PROCESSORS = {  # what /proc/cpuinfo says, or platform.processor() where there is none; torch's word for its vectors
+    "Linux, AMD": ("vendor_id\t: AuthenticAMD\n", "", "AVX512", True),
+    "Linux, AMD without AVX-512": ("vendor_id\t: AuthenticAMD\n", "", "AVX2", False),
+    "Linux, Intel": ("vendor_id\t: GenuineIntel\n", "", "AVX512", False),
+    "Windows, AMD": (None, "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", "AVX512", True),
+    "Windows, AMD without AVX-512": (None, "AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD", "AVX2", False),
+    "Windows, Intel": (None, "Intel64 Family 6 Model 158 Stepping 10, GenuineIntel", "AVX512", False),
+    "macOS": (None, "arm", "DEFAULT", False),
 }
 
 
@@ -62,11 +64,9 @@ class Recorder(TorchDispatchMode):
         return self.names.count("mkldnn::_linear_pointwise")
 
 
-@pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(2, 3, 8), (5, 8), (8,), (1, 1, 8), (3, 3500, 8)], ids=str)
-def test_a_product_and_its_derivatives_are_those_of_float64(monkeypatch, capability, bias, shape):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+def test_a_product_and_its_derivatives_are_those_of_float64(bias, shape):
     exact = in_float64(shape, (6, 8), (6,))[: 3 if bias else 2]
     rounded = [tensor.detach().float().requires_grad_() for tensor in exact]
     direction = torch.linspace(-1, 1, 6, dtype=torch.float64)
@@ -86,15 +86,13 @@ def test_a_gradient_that_is_one_number_for_all(library):
     assert module.bias.grad.tolist() == [6.0] * 6
 
 
-@pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
 @pytest.mark.parametrize("width", [96, 20])  # more numbers than SMALLEST_IMAGE, and fewer
-def test_the_gradient_of_a_weight_sums_over_all_rows(monkeypatch, library, capability, threads, width):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+def test_the_gradient_of_a_weight_sums_over_all_rows(library, threads, width):
     grad_output, states = (tensor.detach().float() for tensor in in_float64((7, 33, 12), (7, 33, width)))
     with Recorder() as recorder:
         found = weight_gradient(grad_output, states)
     is_convolution = "aten::convolution_backward" in recorder.names
-    assert is_convolution is (library == "oneDNN" and capability == "AVX512" and width == 96)
+    assert is_convolution is (library == "oneDNN" and width == 96)
     expected = torch.einsum("bnd,bnm->dm", grad_output.double(), states.double())
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
 
@@ -110,8 +108,7 @@ def test_torch_has_the_gradient_of_such_a_convolution_from_onednn(library, threa
     assert backend == torch._C._ConvBackend.Mkldnn
 
 
-def test_convolutions_that_may_round_are_not_asked(library, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+def test_convolutions_that_may_round_are_not_asked(library):
     rows = [torch.zeros(functions.SMALLEST_IMAGE, width) for width in (6, 8)]
     assert functions.is_for_convolution(*rows) is (library == "oneDNN")
     settings, before = torch.backends.mkldnn.conv, torch.backends.mkldnn.conv.fp32_precision
@@ -152,8 +149,10 @@ def test_a_product_of_no_rows_is_empty():
 
 
 @pytest.mark.parametrize("library", ["pytorch"], indirect=True)
-@pytest.mark.parametrize(("lines", "name", "is_faster"), PROCESSORS.values(), ids=PROCESSORS)
-def test_onednn_multiplies_on_processors_whose_avx512_mkl_does_not_use(monkeypatch, library, lines, name, is_faster):
+@pytest.mark.parametrize(("lines", "name", "vectors", "is_faster"), PROCESSORS.values(), ids=PROCESSORS)
+def test_onednn_multiplies_on_processors_whose_avx512_mkl_does_not_use(
+    monkeypatch, library, lines, name, vectors, is_faster
+):
     monkeypatch.undo()
 
     def read_text(path):
@@ -163,6 +162,7 @@ def test_onednn_multiplies_on_processors_whose_avx512_mkl_does_not_use(monkeypat
 
     monkeypatch.setattr(Path, "read_text", read_text)
     monkeypatch.setattr(functions.platform, "processor", lambda: name)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     asked = functions.is_faster_by_onednn.__wrapped__
     assert asked() is (is_faster and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
