@@ -29,7 +29,7 @@ from recorded import RESULTS, ROOT, read_record, write_record
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.data.examples import ROW_GROUP_CACHE_BYTES, read_footer
-from modeling_vit_scratch.data.order import StreamOrder, hash_holdout
+from modeling_vit_scratch.data.order import StreamOrder, hash_limit, row_hashes
 from modeling_vit_scratch.training.checkpointing import damage, save_checkpoint
 from modeling_vit_scratch.training.recipes import Recipe
 
@@ -143,7 +143,7 @@ def measure() -> dict[str, Any]:
             "order": [measure_order(*size) for size in SIZES],
             "footer": measure_footer(folder),
             "holdout_rows_per_second": 1e7
-            / cpu_seconds(lambda: [hash_holdout(0, s, 10_000, 0.1) for s in range(1000)]),
+            / cpu_seconds(lambda: [row_hashes(0, "holdout", s, 10_000) < hash_limit(0.1) for s in range(1000)]),
             "checkpoints": [measure_checkpoint(preset, folder) for preset in ("micro", "vit_s_16", "vit_b_16")],
             "micro_step": measure_step("micro"),
         }

@@ -30,7 +30,8 @@ from modeling_vit_scratch import ViTScratchImageProcessor  # noqa: E402
 from modeling_vit_scratch.data.decoding import Decoder  # noqa: E402
 from modeling_vit_scratch.data.loading import TrainingData  # noqa: E402
 from modeling_vit_scratch.data.order import ResidentOrder, StreamOrder  # noqa: E402
-from modeling_vit_scratch.data.sources import Source, open_source  # noqa: E402
+from modeling_vit_scratch.data.sources import open_source  # noqa: E402
+from modeling_vit_scratch.data.splits import Source  # noqa: E402
 
 SHARDS = {1: [53], 2: [31, 22], 5: [3, 17, 1, 23, 9], 8: [5, 11, 2, 13, 1, 7, 8, 6]}  # 53 samples: a prime
 BATCH_SIZE, NUM_LANES, WINDOW = 12, 7, 4  # none divides another

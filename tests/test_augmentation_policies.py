@@ -8,7 +8,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvF
 
-from modeling_vit_scratch.data.augmentation import Draws, apply_stages, contrast, saturation, sharpness
+from modeling_vit_scratch.data.augmentation import Draws, apply_stages, contrast, gaussian_blur, saturation, sharpness
 from modeling_vit_scratch.data.augmentation.policies import (
     COLOUR,
     GEOMETRY,
@@ -17,8 +17,10 @@ from modeling_vit_scratch.data.augmentation.policies import (
     SUB_POLICIES,
     Stage,
     auto_augment,
+    color_jitter,
     magnitude_table,
     rand_augment,
+    three_augment,
     trivial_augment,
 )
 
@@ -99,7 +101,7 @@ def test_a_changed_sub_policy_would_be_seen():
 
 @pytest.mark.parametrize("num_channels", [1, 3])
 @pytest.mark.parametrize("ranges", ["standard", "wide"])
-@pytest.mark.parametrize("name", [*COLOUR, "identity"])
+@pytest.mark.parametrize("name", [*sorted(set(COLOUR) - {"blur"}), "identity"])
 def test_colour_operations_equal_torchvisions_to_the_last_bit(name, ranges, num_channels):
     ranges = "autoaugment" if name == "invert" else ranges
     magnitudes = every_magnitude(ranges, name, 24, 31)
@@ -116,6 +118,26 @@ def test_a_rounding_of_its_own_would_be_seen():
     plain = [(image * factor + grey * (1 - factor)).clamp(0, 255).to(torch.uint8) for factor in factors]
     pairs = zip(plain, factors, strict=True)
     assert any(not torch.equal(result, tvF.adjust_saturation(image, factor)) for result, factor in pairs)
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_a_blur_is_torchvisions_with_a_kernel_that_reaches_as_far(num_channels):
+    sigmas = torch.linspace(0.1, 2.0, 20, dtype=torch.float64)
+    images = smooth_images(20, num_channels)
+    expected = torch.stack([tvF.gaussian_blur(*pair, 13, sigma) for *pair, sigma in zip(images, sigmas.tolist())])
+    apart = (gaussian_blur(images, sigmas).int() - expected.int()).abs()
+    assert apart.max() <= 1 and apart.float().mean() < 0.001  # where a sum lies about halfway between two numbers
+    assert torch.equal(gaussian_blur(images, sigmas)[0], images[0])  # a tenth of a pixel
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (5, 3), (7, 6)])
+def test_a_blur_of_small_images_keeps_what_is_even(size):
+    images = torch.full((2, 3, *size), 77, dtype=torch.uint8)
+    assert torch.equal(gaussian_blur(images, torch.tensor([0.5, 2.0], dtype=torch.float64)), images)
+    side = min(size) - 1  # as far as the image can be mirrored
+    image = smooth_images(1, height=size[0] + 23, width=size[1] + 23)[:, :, : size[0], : size[1]]
+    expected = tvF.gaussian_blur(image, 2 * min(side, 6) + 1, 2.0)
+    assert (gaussian_blur(image, torch.tensor([2.0], dtype=torch.float64)).int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 31)])
@@ -224,6 +246,48 @@ def test_both_operations_of_a_sample_come_from_one_sub_policy(name):
     drawn = set(zip(*([OPERATIONS[number] for number in stage.operations] for stage in stages), strict=True))
     full = {pair for pair in drawn if "identity" not in pair}
     assert full <= pairs and len(full) > 10
+
+
+def test_three_augment_is_grey_solarized_or_blurred():
+    """2204.07118, section 3: each as likely, solarized from 128 on, a blur of 0.1 to 2 pixels."""
+    images = smooth_images(3000)
+    (stage,) = stages = three_augment(draws_of(3000))
+    shares = frequencies(stage)
+    # standard error 0.0086
+    assert {name for name, share in shares.items() if share} == {"color", "solarize", "blur"}
+    assert all(abs(shares[name] - 1 / 3) < 0.03 for name in ("color", "solarize", "blur"))
+    sigmas = stage.magnitudes[stage.operations == OPERATIONS.index("blur")]
+    assert 0.1 <= sigmas.min() < 0.11 and 1.99 < sigmas.max() <= 2.0 and abs(sigmas.mean() - 1.05) < 0.05
+    results = apply_stages(images, stages)
+    expected = {
+        "color": lambda image, _: tvF.rgb_to_grayscale(image, num_output_channels=3),
+        "solarize": lambda image, _: tvF.solarize(image, 128),
+        "blur": lambda image, sigma: tvF.gaussian_blur(image, 13, sigma),
+    }
+    for index in range(60):
+        name = OPERATIONS[stage.operations[index]]
+        wanted = expected[name](images[index], float(stage.magnitudes[index]))
+        assert (results[index].int() - wanted.int()).abs().max() <= (name == "blur"), name
+
+
+@pytest.mark.parametrize("strength, low, high", [(0.3, 0.7, 1.3), (1.0, 0.0, 2.0)])
+def test_colour_jitter_draws_factors_and_orders_as_torchvisions_does(strength, low, high):
+    jitter = v2.ColorJitter(strength, strength, strength)
+    assert jitter.brightness == jitter.contrast == jitter.saturation == (low, high)
+    stages = color_jitter(draws_of(6000), strength)
+    orders = np.stack([stage.operations for stage in stages], axis=1)
+    kinds, counts = np.unique(orders, axis=0, return_counts=True)
+    assert len(kinds) == 6 and all(len(set(row)) == 3 for row in kinds.tolist())
+    assert np.abs(counts / 6000 - 1 / 6).max() < 0.025  # standard error 0.0048
+    factors = 1 + np.concatenate([stage.magnitudes for stage in stages])
+    assert low <= factors.min() < low + 0.01 * strength and high - 0.01 * strength < factors.max() <= high
+    images = smooth_images(20)
+    ours = apply_stages(images, [Stage(*(part[:20] for part in stage)) for stage in stages])
+    functions = {"brightness": tvF.adjust_brightness, "contrast": tvF.adjust_contrast, "color": tvF.adjust_saturation}
+    for index, image in enumerate(images):
+        for stage in stages:
+            image = functions[OPERATIONS[stage.operations[index]]](image, 1 + float(stage.magnitudes[index]))
+        assert torch.equal(ours[index], image)
 
 
 def test_torchvision_still_applies_policies_the_way_the_oracle_calls_it():

@@ -14,7 +14,8 @@ from PIL import ExifTags, Image
 from modeling_vit_scratch import cli
 from modeling_vit_scratch.data.folders import open_folders
 from modeling_vit_scratch.data.scan import scan_split
-from modeling_vit_scratch.data.sources import Split, open_source
+from modeling_vit_scratch.data.sources import open_source
+from modeling_vit_scratch.data.splits import Split
 from modeling_vit_scratch.doctor.folder import CHECKS, examine_images, kind_of, smallest_side
 from modeling_vit_scratch.doctor.folder_report import facts_of, suggestion
 from modeling_vit_scratch.errors import UserError

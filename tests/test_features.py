@@ -153,6 +153,8 @@ def test_what_was_computed_is_said_once(repo, capsys):
         ({"translate_pixels": 1.0}, False),
         ({"scale_range": 0.1}, False),
         ({"auto_augment": "randaugment"}, False),
+        ({"vertical_flip_prob": 0.5}, False),
+        ({"color_jitter": 0.3}, False),
         ({"random_erasing_prob": 0.1}, False),
         ({"mixup_alpha": 0.2}, False),
         ({"cutmix_alpha": 1.0}, False),

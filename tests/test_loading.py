@@ -152,6 +152,17 @@ def test_batches_do_not_depend_on_ranks_workers_or_where_one_starts(parquet_repo
     assert equal(whole[7:], global_batches(source, decoder, range(7, 12), 2, **window))
 
 
+def test_a_repeated_photograph_is_cropped_anew_each_time(parquet_repo):
+    source = open_source(str(parquet_repo(train=[20, 13, 30])), train_val_split=0.1, seed=0)
+    whole, cropped = (Decoder(ViTScratchImageProcessor(**SMALL), 5, scale) for scale in (None, (0.3, 0.6)))
+    plain = global_batches(source, whole, range(0, 3), repeats=3)
+    for (images, labels), (crops, _) in zip(plain, global_batches(source, cropped, range(0, 3), 2, repeats=3)):
+        for first in range(0, 12, 3):
+            assert all(torch.equal(images[first], images[first + copy]) for copy in (1, 2))
+            assert len(set(labels[first : first + 3].tolist())) == 1
+            assert len({crops[first + copy].numpy().tobytes() for copy in (0, 1, 2)}) == 3
+
+
 def test_parts_of_a_batch_are_joined_in_the_order_of_their_positions():
     rng = torch.Generator().manual_seed(0)
     whole = (

@@ -13,7 +13,8 @@ from opened_sources import examples_of, labels_by_file, refusal
 
 from modeling_vit_scratch.data.labels import multi_label_holdout
 from modeling_vit_scratch.data.order import stratified_holdout
-from modeling_vit_scratch.data.sources import Source, open_source
+from modeling_vit_scratch.data.sources import open_source
+from modeling_vit_scratch.data.splits import Source
 from modeling_vit_scratch.errors import UserError
 
 

@@ -11,6 +11,8 @@ from test_run_train import run
 from transformers import pipeline
 
 from modeling_vit_scratch.data.augmentation import Draws, Mixing
+from modeling_vit_scratch.data.sources import open_source
+from modeling_vit_scratch.errors import UserError
 
 
 @pytest.fixture
@@ -52,6 +54,14 @@ def test_every_label_of_an_image_is_learned(colours, tmp_path, streaming):
     assert answers["red"] > 0.5 and answers["blue"] > 0.5 and answers["green"] < 0.5  # sigmoids, each for itself
     card = (model / "README.md").read_text()
     assert "Micro F1" in card and "Mean average precision" in card
+
+
+def test_a_limited_set_of_several_labels_an_image_has_as_many_as_asked_for(colours, tmp_path):
+    root = str(colours("train", 64))
+    few, more = (open_source(train_dir=root, max_train_samples=count).splits["train"] for count in (12, 30))
+    assert len(few) == len(few.rows(0)) == 12 and set(few.rows(0)) < set(more.rows(0))
+    with pytest.raises(UserError, match="--bce_loss has no effect here: images of several classes each are trained"):
+        run(tmp_path / "run", "--train_dir", root, "--recipe", "cifar10", "--max_steps", 1, "--bce_loss", "true")
 
 
 def test_mixed_images_carry_weighted_means_of_their_labels():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn import metrics as sklearn
 from small_vit import build, images
+from timm.loss import BinaryCrossEntropy
 
 from modeling_vit_scratch.training.objectives import MultiLabel, SingleLabel
 
@@ -24,6 +25,39 @@ def test_single_label_training_lowers_torchs_cross_entropy():
     assert (
         objective.num_correct(LOGITS, IDS) == objective.num_correct(LOGITS, as_rows) == (LOGITS.argmax(1) == IDS).sum()
     )
+
+
+MIXED = (0.7 * torch.nn.functional.one_hot(IDS, 7) + 0.3 * torch.nn.functional.one_hot(IDS.flip(0), 7)).float()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_training_lowers_timms_binary_cross_entropy(smoothing):
+    objective = SingleLabel(7, smoothing, is_binary=True)
+    expected = BinaryCrossEntropy(smoothing)(LOGITS, IDS)
+    assert (objective.loss_sum(LOGITS, IDS) / 40).item() == pytest.approx(expected.item(), rel=1e-6)
+    smooth = MIXED * (1 - smoothing) + smoothing / 7  # as timm's mixup smooths
+    expected = BinaryCrossEntropy()(LOGITS, smooth)
+    assert (objective.loss_sum(LOGITS, MIXED) / 40).item() == pytest.approx(expected.item(), rel=1e-6)
+    # what is reported stays softmax's
+    assert torch.equal(objective.losses(LOGITS, IDS), SingleLabel(7).losses(LOGITS, IDS))
+
+
+def test_classes_above_the_threshold_are_wholly_there_as_deit_3_trains():
+    objective = SingleLabel(7, is_binary=True, target_threshold=0.0)
+    expected = torch.nn.BCEWithLogitsLoss()(LOGITS, (MIXED > 0).float())
+    assert (objective.loss_sum(LOGITS, MIXED) / 40).item() == pytest.approx(expected.item(), rel=1e-6)
+    one = SingleLabel(7, is_binary=True, target_threshold=0.5).loss_sum(LOGITS, MIXED)
+    expected = SingleLabel(7, is_binary=True).loss_sum(LOGITS, MIXED.argmax(dim=1))
+    assert one.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_weights_of_classes_weigh_images_in_binary_training():
+    weights = torch.linspace(0.5, 2, 7)
+    plain, weighted = (SingleLabel(7, 0.1, found, is_binary=True) for found in (None, weights))
+    singly = torch.stack([plain.loss_sum(LOGITS[i : i + 1], IDS[i : i + 1]) for i in range(40)])
+    assert weighted.loss_sum(LOGITS, IDS).item() == pytest.approx((singly * weights[IDS]).sum().item(), rel=1e-6)
+    as_rows = torch.nn.functional.one_hot(IDS, 7).float()
+    assert weighted.loss_sum(LOGITS, as_rows).item() == pytest.approx(weighted.loss_sum(LOGITS, IDS).item())
 
 
 @pytest.mark.parametrize("kind, labels", [(SingleLabel, IDS[:3] % 5), (MultiLabel, ROWS[:3, :5])])

@@ -1,5 +1,6 @@
 """The order of data is arithmetic: each sample once an epoch, whatever reads it."""
 
+import itertools
 import pickle
 
 import numpy as np
@@ -10,8 +11,10 @@ from modeling_vit_scratch.data.order import (
     ResidentOrder,
     StreamOrder,
     derived_seed,
-    hash_holdout,
+    hash_limit,
+    row_hashes,
     stratified_holdout,
+    stratified_subset,
 )
 
 
@@ -35,6 +38,32 @@ def test_resident_epochs_show_each_sample_once_whatever_the_batch(batch_size):
     pairs = [pair for step in range(steps) for pair in zip(*order.batch(step, batch_size), strict=True)]
     for epoch in range(3):
         assert sorted(sample for e, sample in pairs if e == epoch) == list(range(37))[: len(pairs) - 37 * epoch]
+
+
+@pytest.mark.parametrize("batch_size", [5, 48])
+def test_a_repeated_sample_stands_in_a_row_and_is_drawn_anew_each_time(batch_size):
+    order = pickle.loads(pickle.dumps(ResidentOrder(37, seed=3, repeats=3)))
+    views, samples = map(np.concatenate, zip(*(order.batch(step, batch_size) for step in range(240 // batch_size))))
+    plain = ResidentOrder(37, seed=3).batch(0, 240)[1]
+    for epoch in range(6):  # of 37 positions: 12 samples three times and one once
+        first = plain[37 * epoch : 37 * epoch + 13]
+        assert np.array_equal(samples[37 * epoch : 37 * epoch + 37], np.repeat(first, 3)[:37])
+    assert len(set(zip(views.tolist(), samples.tolist(), strict=True))) == len(samples)
+    balanced = BalancedOrder(np.arange(40) % 4, seed=0, repeats=2)
+    once = BalancedOrder(np.arange(40) % 4, seed=0).batch(0, 10)[1]
+    assert np.array_equal(pickle.loads(pickle.dumps(balanced)).batch(0, 20)[1], np.repeat(once, 2))
+
+
+def test_a_subset_has_of_each_class_its_share_and_grows():
+    labels = np.repeat([5, 7, 9, 11], [100, 50, 3, 1])
+    masks = [stratified_subset(labels, count, seed=1) for count in range(len(labels) + 1)]
+    assert [mask.sum() for mask in masks] == list(range(len(labels) + 1))
+    assert all((larger >= smaller).all() for smaller, larger in itertools.pairwise(masks))
+    assert all(set(labels[mask]) == {5, 7, 9, 11} for mask in masks[4:])
+    for count in range(8, len(labels)):
+        for label, size in ((5, 100), (7, 50)):
+            assert abs((labels[masks[count]] == label).sum() - count * size / len(labels)) <= 2
+    assert not np.array_equal(masks[60], stratified_subset(labels, 60, seed=2))
 
 
 def test_resident_epochs_differ_from_each_other_and_between_seeds():
@@ -97,13 +126,15 @@ def test_stratified_holdout_takes_its_share_of_each_class_and_never_the_last_ima
     assert not np.array_equal(mask, stratified_holdout(labels, 0.2, seed=1))
 
 
-def test_hash_holdout_takes_its_share_and_differs_between_shards():
-    masks = [hash_holdout(seed=7, shard=shard, num_rows=100_000, rate=0.1) for shard in range(2)]
+def test_hashes_take_their_share_and_differ_between_shards_and_purposes():
+    masks = [row_hashes(7, "holdout", shard, 100_000) < hash_limit(0.1) for shard in range(2)]
+    masks.append(row_hashes(7, "subset", 0, 100_000) < hash_limit(0.1))
     # binomial: standard deviation 95 of 10,000
     assert all(abs(int(mask.sum()) - 10_000) < 500 for mask in masks)
-    assert (masks[0] & masks[1]).sum() < 1500
-    assert not hash_holdout(0, 0, 1000, 0.0).any() and hash_holdout(0, 0, 1000, 1.0).all()
-    assert np.array_equal(hash_holdout(7, 0, 50, 0.1), masks[0][:50])
+    assert (masks[0] & masks[1]).sum() < 1500 and (masks[0] & masks[2]).sum() < 1500
+    hashes = row_hashes(0, "holdout", 0, 1000)
+    assert not (hashes < hash_limit(0.0)).any() and (hashes < hash_limit(1.0)).all()
+    assert np.array_equal(row_hashes(7, "holdout", 0, 50) < hash_limit(0.1), masks[0][:50])
 
 
 def test_a_balanced_epoch_shows_every_class_equally_often_and_its_images_evenly():

@@ -19,6 +19,8 @@ from modeling_vit_scratch.training.time_budget import Rehearsal
 EVERYTHING = [
     "--horizontal_flip_prob", 0.5, "--auto_augment", "randaugment", "--random_erasing_prob", 0.25, "--mixup_alpha", 0.8,
     "--cutmix_alpha", 1.0, "--mixup_off_step", 0.8, "--random_resized_crop_scale", 0.5, "--ema_decay", 0.5,
+    "--vertical_flip_prob", 0.5, "--color_jitter", 0.3, "--bce_loss", "true", "--bce_target_thresh", 0,
+    "--max_train_samples", 500, "--max_eval_samples", 50,
 ]  # fmt: skip
 
 
@@ -45,6 +47,7 @@ def die_at(monkeypatch, fatal_step):
 def test_with_everything_on_a_resumed_run_equals_the_uninterrupted_one(tmp_path, monkeypatch, streaming):
     arguments = [*EVERYTHING, "--max_steps", 12, "--save_steps", 4, "--logging_steps", 3, "--train_batch_size", 48,
                  "--streaming", streaming, "--optim", "muon", "--layer_decay", 0.8]  # fmt: skip
+    arguments += [] if streaming == "true" else ["--aug_repeats", 3]
     whole = run(tmp_path / "whole", *arguments)
     die_at(monkeypatch, 9)
     with pytest.raises(Killed):
@@ -206,6 +209,10 @@ def test_what_a_tracker_says_against_starting_is_one_line(tmp_path, monkeypatch)
         (["--mixup_prob", "0.5"], "--mixup_prob has no effect here: it goes with --mixup_alpha or --cutmix_alpha"),
         (["--mixup_switch_prob", "0.5", "--mixup_alpha", "1"], "--mixup_switch_prob has no effect here"),
         (["--randaugment_magnitude", "5"], "it goes with --auto_augment randaugment"),
+        (["--bce_target_thresh", "0", "--bce_loss", "true"], "it goes with --bce_loss and --mixup_alpha or"),
+        (["--bce_target_thresh", "0", "--mixup_alpha", "1"], "it goes with --bce_loss and --mixup_alpha or"),
+        (["--aug_repeats", "3", "--streaming", "true"], "a stream shows each image once an epoch"),
+        (["--max_eval_samples", "9", "--train_val_split", "0"], "there is no validation split"),
         (["--momentum", "0.8"], "it goes with --optim sgd or muon"),
         (["--adam_beta1", "0.8", "--optim", "sgd"], "SGD has neither betas nor epsilon"),
         (["--lr_gamma", "0.5"], "it goes with --lr_scheduler_type multi_step"),

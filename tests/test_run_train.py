@@ -128,6 +128,16 @@ def test_another_recipe_is_refused_until_told_to_start_afresh(tmp_path):
     assert results["steps"] == 3
 
 
+def test_a_run_from_before_there_was_a_flag_goes_on_without_it(tmp_path):
+    results = run(tmp_path / "run", "--max_steps", 2)
+    record = tmp_path / "run" / "recipe.json"
+    written = json.loads(record.read_text())
+    record.write_text(json.dumps({name: value for name, value in written.items() if name != "color_jitter"}))
+    assert run(tmp_path / "run", "--max_steps", 2) == results
+    with pytest.raises(UserError, match=r"another recipe \(color_jitter: 0.0 -> 0.3\)"):
+        run(tmp_path / "run", "--max_steps", 2, "--color_jitter", 0.3)
+
+
 def test_a_folder_of_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     (tmp_path / "model").mkdir()

@@ -15,7 +15,8 @@ from test_run_train import TINY, equal, launch, metrics, run, weights
 from modeling_vit_scratch.data import scan as scanning
 from modeling_vit_scratch.data.examples import Example
 from modeling_vit_scratch.data.scan import scan_split, scan_steps, without_bad
-from modeling_vit_scratch.data.sources import Split, hold_out, open_source
+from modeling_vit_scratch.data.sources import open_source
+from modeling_vit_scratch.data.splits import Split, hold_out
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.training import loop
 from modeling_vit_scratch.training.flags import main

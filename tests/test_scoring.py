@@ -20,7 +20,8 @@ from test_run_train import ROOT, run
 
 from modeling_vit_scratch import ViTScratchImageProcessor, cli
 from modeling_vit_scratch.data.examples import ArrayExamples
-from modeling_vit_scratch.data.sources import Source, Split, open_source
+from modeling_vit_scratch.data.sources import open_source
+from modeling_vit_scratch.data.splits import Source, Split
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.results.model_folder import save_model_folder
 from modeling_vit_scratch.results.prediction import open_model, predict

@@ -51,7 +51,8 @@ def test_one_picture_a_policy(tmp_path, capsys):
     arguments = ["show-augmentation", *TINY, "--picture", str(picture), "--num_images", "3", "--num_draws", "1"]
     assert cli.main([*arguments, "--every_policy"]) == 0
     assert {file.name for file in tmp_path.iterdir()} == {
-        f"seen-{name}.png" for name in ("randaugment", "autoaugment_cifar10", "autoaugment_imagenet", "trivialaugment")
+        f"seen-{name}.png"
+        for name in ("randaugment", "autoaugment_cifar10", "autoaugment_imagenet", "trivialaugment", "three_augment")
     }
     assert cli.main(arguments) == 0 and Image.open(picture).width > 100
     capsys.readouterr()

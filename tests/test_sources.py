@@ -56,6 +56,41 @@ def test_a_validation_split_of_its_own_is_used_and_zero_holds_out_none(parquet_r
     assert set(open_source(str(plain), train_val_split=0).splits) == {"train"}
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_split_is_limited_to_some_of_its_own_images(parquet_repo, streaming):
+    root = parquet_repo(train=[40, 26, 60], test=[9])
+
+    def names(max_train: int | None, max_eval: int | None) -> list[set[str]]:
+        limits = {"max_train_samples": max_train, "max_eval_samples": max_eval}
+        splits = open_source(str(root), streaming=streaming, train_val_split=0.2, seed=3, **limits).splits
+        assert len(splits["test"]) == 9
+        found = [
+            [e.name for shard in range(len(s.shard_sizes)) for e in s.examples.read(shard, s.rows(shard))]
+            for s in (splits["train"], splits["validation"])
+        ]
+        assert [len(s) for s in (splits["train"], splits["validation"])] == list(map(len, found))
+        return [set(part) for part in found]
+
+    whole, few, more = names(None, None), names(10, 5), names(31, None)
+    assert [len(part) for part in few] == [10, 5] and len(more[0]) == 31 and more[1] == whole[1]
+    assert few[0] < more[0] < whole[0] and few[1] < whole[1]
+
+
+def test_each_class_has_its_share_of_a_limited_split(image_folder, parquet_repo):
+    root = parquet_repo(train=[90])
+    source = open_source(str(root), train_val_split=0.1, max_train_samples=31, max_eval_samples=6)
+    assert sorted(class_counts(source, "train")) == [10, 10, 11] and class_counts(source, "validation") == [2, 2, 2]
+    assert len(open_source("digits", streaming=True, max_train_samples=50).splits["train"]) == 50
+
+
+def test_a_limit_that_leaves_nothing_out_is_refused(parquet_repo):
+    root = parquet_repo(train=[20], validation=[8])
+    with pytest.raises(UserError, match="--max_eval_samples 8 has no effect here: the validation split has 8 images"):
+        open_source(str(root), max_eval_samples=8)
+    with pytest.raises(UserError, match="--max_train_samples 300 has no effect here: the train split has 20 images"):
+        open_source(str(root), max_train_samples=300)
+
+
 def test_imagenet_tests_on_the_hubs_validation_split():
     assert DATASETS["imagenet-1k"].splits == {"train": "train", "test": "validation"}
 

@@ -19,7 +19,7 @@ from .class_mix import ClassMix
 from .decoding import Decoder
 from .examples import Example
 from .order import BalancedOrder, ResidentOrder, StreamOrder
-from .sources import Source, Split
+from .splits import Source, Split
 
 RESIDENT_BYTES = 2 * 1024**3  # splits that decode to no more than this are decoded once and kept
 LARGEST_GPU_SHARE = 1 / 16  # of a GPU's memory that a split may take: there may be three; else main memory keeps it
@@ -246,6 +246,7 @@ class TrainingData:
         window: int = 256,
         num_threads: int = 1,
         is_balanced: bool = False,
+        repeats: int = 1,
     ):
         self.source, self.split = source, source.splits["train"]
         self.batch_size, self.rank, self.world_size, self.num_workers = batch_size, rank, world_size, num_workers
@@ -257,9 +258,9 @@ class TrainingData:
             if rank == 0 and not source.is_multi_label:
                 self.class_mix = ClassMix(self.order, len(source.class_names))
         else:
-            self.order = ResidentOrder(len(self.split), seed)
+            self.order = ResidentOrder(len(self.split), seed, repeats)
             if is_balanced:
-                self.order = BalancedOrder(source.label_ids_of("train"), seed)
+                self.order = BalancedOrder(source.label_ids_of("train"), seed, repeats)
             if is_resident(source, self.split, decoder):
                 self.resident = ResidentImages.decoded(source, self.split, decoder, num_threads, device)
 

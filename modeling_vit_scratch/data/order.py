@@ -35,44 +35,72 @@ def stratified_holdout(labels: np.ndarray, rate: float, seed: int) -> np.ndarray
     return mask
 
 
-def hash_holdout(seed: int, shard: int, num_rows: int, rate: float) -> np.ndarray:
-    """A mask (num_rows,) that is True where hash(seed, shard, row) falls under `rate`: known without any label."""
-    values = np.arange(num_rows, dtype=np.uint64) + np.uint64(derived_seed(seed, "holdout", shard))
+def stratified_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """A mask (N,) that is True for `count` samples: one of each class first, then of each its share.
+
+    A larger count keeps those of a smaller one.
+    """
+    places = np.empty(len(labels))
+    classes = derived_rng(seed, "subset").permutation(np.unique(labels))  # among equals, a drawn order
+    for index, label in enumerate(classes):
+        rows = np.flatnonzero(labels == label)
+        shares = (np.arange(len(rows)) + (index + 1) / (len(classes) + 1)) / len(rows)
+        shares[0] = index / len(classes) - 1  # before all that are not the first of their class
+        places[derived_rng(seed, "subset", int(label)).permutation(rows)] = shares
+    mask = np.zeros(len(labels), dtype=bool)
+    mask[np.argsort(places, kind="stable")[:count]] = True
+    return mask
+
+
+def hash_limit(rate: float) -> np.uint64:
+    """The number that a share `rate` of all hashes is below."""
+    return np.uint64(min(int(rate * 2**64), 2**64 - 1))
+
+
+def row_hashes(seed: int, purpose: str, shard: int, num_rows: int) -> np.ndarray:
+    """uint64 (num_rows,): a number for each row of a shard, spread evenly, known without any label."""
+    values = np.arange(num_rows, dtype=np.uint64) + np.uint64(derived_seed(seed, purpose, shard))
     with np.errstate(over="ignore"):  # splitmix64: arithmetic modulo 2**64
         values += np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         values ^= values >> np.uint64(31)
-    return values < np.uint64(min(int(rate * 2**64), 2**64 - 1))
+    return values
 
 
 # ---------------------------------------------------------------- resident sets
 
 
 class ResidentOrder:
-    """The order of a set in memory: each epoch a fresh permutation of all samples, the same for any number of ranks."""
+    """The order of a set in memory: each epoch a fresh permutation of all samples, the same for any number of ranks.
 
-    def __init__(self, num_samples: int, seed: int):
-        self.num_samples, self.seed = num_samples, seed
+    repeats: how often a sample stands in a row (repeated augmentation, 1901.09335). An epoch then has as many positions
+    as without, for the first of its permutation alone.
+    """
+
+    def __init__(self, num_samples: int, seed: int, repeats: int = 1):
+        self.num_samples, self.seed, self.repeats = num_samples, seed, repeats
         self._permutation = lru_cache(maxsize=2)(self._permute)  # a batch touches at most two epochs at a time
 
     def _permute(self, epoch: int) -> np.ndarray:
         return derived_rng(self.seed, "order", epoch).permutation(self.num_samples)
 
     def __getstate__(self):
-        return {"num_samples": self.num_samples, "seed": self.seed}
+        return {"num_samples": self.num_samples, "seed": self.seed, "repeats": self.repeats}
 
     def __setstate__(self, state):
         self.__init__(**state)
 
     def batch(self, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs, samples) of the global batch of this step, both (batch_size,)."""
+        """(views, samples) of the global batch of this step, both (batch_size,): a view is the epoch, counted on where
+        a sample is repeated, so that no sample has one twice."""
         positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.num_samples)
+        places, copies = np.divmod(offsets, self.repeats)
         samples = np.empty(batch_size, dtype=np.int64)
         for epoch in np.unique(epochs):
-            samples[epochs == epoch] = self._permutation(int(epoch))[offsets[epochs == epoch]]
-        return epochs, samples
+            samples[epochs == epoch] = self._permutation(int(epoch))[places[epochs == epoch]]
+        return epochs * self.repeats + copies, samples
 
     @staticmethod
     def local_positions(batch_size: int, rank: int, world_size: int) -> np.ndarray:
@@ -88,8 +116,8 @@ class BalancedOrder(ResidentOrder):
     another epoch. labels: the class of each sample (N,).
     """
 
-    def __init__(self, labels: np.ndarray, seed: int):
-        super().__init__(len(labels), seed)
+    def __init__(self, labels: np.ndarray, seed: int, repeats: int = 1):
+        super().__init__(len(labels), seed, repeats)
         self.labels = np.asarray(labels)
 
     def _permute(self, epoch: int) -> np.ndarray:
@@ -103,7 +131,7 @@ class BalancedOrder(ResidentOrder):
         return rng.permutation(np.concatenate(drawn))
 
     def __getstate__(self):
-        return {"labels": self.labels, "seed": self.seed}
+        return {"labels": self.labels, "seed": self.seed, "repeats": self.repeats}
 
 
 # ---------------------------------------------------------------- streams

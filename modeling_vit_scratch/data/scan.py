@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import UserError
 from .decoding import BadImageError, opened, upright
 from .examples import Example
-from .sources import Split
+from .splits import Split
 
 BLOCK = 256  # examples read at once: no more than these are held, whatever the size of the split
 

@@ -5,7 +5,6 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ import datasets
 import numpy as np
 
 from ..errors import UserError, unknown
-from .examples import ArrayExamples, Examples, FolderExamples, ParquetExamples, TableExamples, TarExamples, read_footer
+from .examples import ArrayExamples, Examples, ParquetExamples, TableExamples, TarExamples, read_footer
 from .folders import SPLIT_NAMES, open_folders
-from .labels import class_counts, classes_of, multi_label_holdout
-from .listing import some
-from .order import hash_holdout, stratified_holdout
+from .labels import classes_of
 from .remote import hub_errors, load_builder, note, quiet_hub
+from .splits import Source, Split, hold_out, limit_samples
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")  # in this order, where features alone do not decide
 LISTS = (datasets.List, datasets.LargeList)  # column types of several labels an image
@@ -47,122 +45,6 @@ DATASETS: dict[str, DatasetRow] = {
 }  # fmt: skip
 
 
-class Split:
-    """The rows of some examples that belong to one split: all of them, or those a mask per shard keeps."""
-
-    def __init__(self, examples: Examples, mask_of_shard: Callable[[int], np.ndarray] | None = None):
-        self.examples = examples
-        self.mask_of_shard = mask_of_shard
-        self.shard_sizes = list(examples.shard_sizes)
-        if mask_of_shard is not None:
-            self.shard_sizes = [int(mask_of_shard(shard).sum()) for shard in range(len(examples.shard_sizes))]
-
-    def __len__(self) -> int:
-        return sum(self.shard_sizes)
-
-    def rows(self, shard: int) -> np.ndarray:
-        """The rows of this shard that belong to the split, ascending."""
-        if self.mask_of_shard is None:
-            return np.arange(self.shard_sizes[shard])
-        return np.flatnonzero(self.mask_of_shard(shard))
-
-
-class _FixedMask:
-    """A mask over one shard, as a picklable callable."""
-
-    def __init__(self, mask: np.ndarray):
-        self.mask = mask
-
-    def __call__(self, shard: int) -> np.ndarray:
-        return self.mask
-
-
-class _HashMask:
-    """The mask of rows that hash(seed, shard, row) gives to validation, or, inverted, to training, `within` a mask."""
-
-    def __init__(
-        self,
-        shard_sizes: list[int],
-        rate: float,
-        seed: int,
-        inverted: bool,
-        within: Callable[[int], np.ndarray] | None = None,
-    ):
-        self.shard_sizes, self.rate, self.seed, self.inverted = shard_sizes, rate, seed, inverted
-        self.within = within
-
-    def __call__(self, shard: int) -> np.ndarray:
-        mask = hash_holdout(self.seed, shard, self.shard_sizes[shard], self.rate) ^ self.inverted
-        return mask if self.within is None else mask & self.within(shard)
-
-
-@dataclass
-class Source:
-    """A dataset ready to be ordered and loaded. `class_names` rules every split; `label_ids` maps raw labels to ids."""
-
-    name: str
-    splits: dict[str, Split]
-    class_names: list[str]
-    label_ids: dict[Any, int] | None  # None: labels are the ids already
-    streaming: bool
-    held_out: bool = False  # the validation split was taken out of the training split
-    repository: str | None = None  # on the Hub, where it came from there
-    is_multi_label: bool = False  # an image has any number of classes
-    notes: list[str] = field(default_factory=list)  # what a person would want to know of the data before training
-
-    def label_id(self, label: Any, where: str) -> int:
-        """The class id of a raw label. Raises UserError, naming the row, for one that is not among the classes."""
-        number = self.label_ids.get(label) if self.label_ids is not None else label
-        if isinstance(number, (int, np.integer)) and 0 <= number < len(self.class_names):
-            return int(number)
-        raise UserError(
-            f"{where} has the label {label!r}, which is not among the {len(self.class_names)} classes "
-            f"({', '.join(self.class_names[:5])}{', ...' if len(self.class_names) > 5 else ''})."
-        )
-
-    def label_set(self, label: Any, where: str) -> tuple[int, ...]:
-        """The class ids, ascending, of an image that has any number of classes; `label` is their list.
-
-        Raises UserError, naming the row, for what is no list, and for a class that is unknown or there twice.
-        """
-        if not isinstance(label, (list, tuple)):
-            raise UserError(f"{where} has the label {label!r}; expected a list of classes, as the other images have.")
-        ids = sorted(self.label_id(one, where) for one in label)
-        if len(set(ids)) < len(ids):
-            raise UserError(
-                f"{where} has a class more than once in {list(label)!r:.80}; expected the classes of the image, "
-                "not a row of 0 and 1."
-            )
-        return tuple(ids)
-
-    def label_vector(self, label: Any, where: str) -> np.ndarray:
-        """1 for each class of an image that has any number of them, else 0, float32 (K,). Errors as `label_set`."""
-        vector = np.zeros(len(self.class_names), dtype=np.float32)
-        vector[list(self.label_set(label, where))] = 1
-        return vector
-
-    def label_ids_of(self, split_name: str) -> np.ndarray:
-        """The class id of every sample of a split (N,), in the split's own order; reads labels, decodes nothing.
-
-        Raises UserError where images have several classes.
-        """
-        if self.is_multi_label:
-            raise UserError(f"{self.name} has several classes an image; what counts images by their class needs one.")
-        return np.array([self.label_id(*labelled) for labelled in self._labels_of(split_name)], dtype=np.int64)
-
-    def label_sets_of(self, split_name: str) -> list[tuple[int, ...]]:
-        """The class ids of every sample of a split whose images have any number of them, in the split's own order."""
-        return [self.label_set(*labelled) for labelled in self._labels_of(split_name)]
-
-    def _labels_of(self, split_name: str) -> Iterator[tuple[Any, str]]:
-        split = self.splits[split_name]
-        labels = split.examples.labels()
-        starts = np.cumsum([0, *split.examples.shard_sizes])
-        for shard in range(len(split.shard_sizes)):
-            for row in (starts[shard] + split.rows(shard)).tolist():
-                yield labels[row], f"{self.name} row {row}"
-
-
 def open_source(
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
@@ -174,6 +56,8 @@ def open_source(
     streaming: bool = False,
     train_val_split: float = 0.1,
     seed: int = 0,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
 ) -> Source:
     """The source that the flags of the same names describe. Raises UserError for what cannot be found or decided."""
     if train_dir is not None:
@@ -190,59 +74,8 @@ def open_source(
     if not len(source.splits["train"]):
         raise UserError(f"{source.name}: the training split is empty.")
     hold_out(source, train_val_split, seed)
+    limit_samples(source, max_train_samples, max_eval_samples, seed)
     return source
-
-
-def hold_out(source: Source, rate: float, seed: int):
-    """Takes a validation split out of the training split, where there is none and the rate is not 0.
-
-    Rows that a mask has left out of the training split before belong to neither. Resident sets then hold out what they
-    would without these rows; a stream's rows are judged by their place in the shard, whatever else lies there. Folders,
-    whose labels are known beforehand, are held out of alike either way; each class keeps an image in training.
-    """
-    if "validation" in source.splits or rate == 0:
-        return
-    train = source.splits["train"]
-    examples, sizes = train.examples, list(train.examples.shard_sizes)
-    if source.streaming and not isinstance(examples, FolderExamples):
-        masks = {
-            name: _HashMask(sizes, rate, seed, inverted=name == "train", within=train.mask_of_shard)
-            for name in ("train", "validation")
-        }
-    else:  # one shard
-        num_labels = len(source.class_names)
-        if source.is_multi_label:
-            label_sets = source.label_sets_of("train")
-            is_held_out = multi_label_holdout(label_sets, num_labels, rate, seed)
-        else:
-            label_ids = source.label_ids_of("train")
-            label_sets = label_ids[:, None].tolist()
-            is_held_out = stratified_holdout(label_ids, rate, seed)
-        source.notes += _too_few_notes(source.class_names, label_sets, is_held_out)
-        masks = {}
-        for name, wanted in (("train", ~is_held_out), ("validation", is_held_out)):
-            mask = np.zeros(sizes[0], dtype=bool)
-            mask[train.rows(0)[wanted]] = True
-            masks[name] = _FixedMask(mask)
-    splits = {name: Split(examples, mask) for name, mask in masks.items()}
-    if len(splits["validation"]) == 0:
-        return  # too few images to hold any out
-    source.splits.update(splits)
-    source.held_out = True
-
-
-def _too_few_notes(class_names: list[str], label_sets: list[Any], is_held_out: np.ndarray) -> list[str]:
-    """A line on the classes of which no image is held out; none where each has one."""
-    counts = class_counts(label_sets, len(class_names))
-    held_out = class_counts([label_sets[row] for row in np.flatnonzero(is_held_out)], len(class_names))
-    few = np.flatnonzero((counts > 0) & (held_out == 0))
-    if len(few) == 0:
-        return []
-    names = some(f"{class_names[label]!r} ({counts[label]})" for label in few)
-    return [
-        f"{len(few)} of the {len(class_names)} classes have too few training images to hold one out for validation: "
-        f"{names}."
-    ]
 
 
 # ---------------------------------------------------------------- scikit-learn's digits

@@ -15,7 +15,7 @@ from ..data.decoding import UPRIGHT, BadImageError, opened, orientation_of, upri
 from ..data.examples import Example
 from ..data.listing import shown, some
 from ..data.scan import BadImage, ImageFacts, Scan, blocks_of
-from ..data.sources import Source
+from ..data.splits import Source
 from ..errors import UserError, unknown
 from ..image_processing_vit_scratch import pil_to_channels
 from .findings import Finding, NotApplicable, Verdict

@@ -13,7 +13,7 @@ from ..data.augmentation import normalise
 from ..data.decoding import Decoder, Processor, normalisation
 from ..data.listing import shown
 from ..data.loading import RowReader
-from ..data.sources import Source
+from ..data.splits import Source
 from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .attention import attention_maps, patch_map, rollout

@@ -6,7 +6,7 @@ report_html.py holds the page's pieces, report_charts.py its charts, report_netw
 from pathlib import Path
 from typing import Any
 
-from ..data.sources import Source
+from ..data.splits import Source
 from .examined import Examination, examine
 from .plots import MOST_CLASSES_DRAWN, panels_of
 from .record import (

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data.scan import BadImage, Scan, scan_steps, without_bad
-from ..data.sources import Source
+from ..data.splits import Source
 from ..errors import UserError
 from .machine import agree
 from .run_folder import write_json

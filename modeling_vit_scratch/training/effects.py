@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ..data.decoding import Decoder
 from ..data.loading import is_resident
-from ..data.sources import Source
+from ..data.splits import Source
 from ..errors import UserError
 from .features import can_cache_features
 from .recipes import Recipe
@@ -83,6 +83,14 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
         lambda r: r.mixup_alpha == 0 or r.cutmix_alpha == 0,
         "it goes with --mixup_alpha and --cutmix_alpha together",
     ),
+    "bce_target_thresh": (
+        lambda r: not r.bce_loss or r.mixup_alpha == 0 == r.cutmix_alpha,
+        "it goes with --bce_loss and --mixup_alpha or --cutmix_alpha",
+    ),
+    "aug_repeats": (
+        lambda r: r.aug_repeats > 1 and r.streaming,
+        "a stream shows each image once an epoch, as its shards come",
+    ),
     "full_size_step": (lambda r: r.initial_image_size is None, "it goes with --initial_image_size"),
 }
 
@@ -96,6 +104,8 @@ IDLE_ON_SOURCE: dict[str, tuple[Callable[[Source, Decoder], bool], str]] = {
         ("class_weights", "balanced_sampler"),
         (lambda s, d: s.is_multi_label, "its images have several classes each, none can be drawn or weighed alone"),
     ),
+    "bce_loss": (lambda s, d: s.is_multi_label, "images of several classes each are trained by it anyway"),
+    "max_eval_samples": (lambda s, d: "validation" not in s.splits, "there is no validation split"),
     "early_stopping_patience": (lambda s, d: "validation" not in s.splits, "there is no validation split"),
     "eval_steps": (lambda s, d: "validation" not in s.splits, "there is no validation split"),
     "load_best_model_at_end": (lambda s, d: "validation" not in s.splits, "there is no validation split"),

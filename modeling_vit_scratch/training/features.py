@@ -75,6 +75,7 @@ def can_cache_features(recipe: Recipe, num_samples: int, hidden_size: int) -> bo
     drawn = (
         recipe.crop_padding, recipe.random_resized_crop_scale, recipe.rotation_degrees, recipe.translate_pixels,
         recipe.scale_range, recipe.auto_augment, recipe.random_erasing_prob, recipe.mixup_alpha, recipe.cutmix_alpha,
+        recipe.vertical_flip_prob, recipe.color_jitter,
     )  # fmt: skip
     num_bytes = num_samples * (1 + (recipe.horizontal_flip_prob > 0)) * hidden_size * 4
     return recipe.finetune == "head" and not recipe.streaming and not any(drawn) and num_bytes <= RESIDENT_BYTES

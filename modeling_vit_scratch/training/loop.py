@@ -19,7 +19,7 @@ from ..data.augmentation import Draws, Mixing, normalise
 from ..data.decoding import Decoder, normalisation
 from ..data.loading import Batch, EvaluationData, TrainingData
 from ..data.order import derived_seed
-from ..data.sources import Source, hold_out
+from ..data.splits import Source, hold_out, limit_samples
 from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from . import effects
@@ -91,7 +91,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     facts = {"mixed_precision": accelerator.mixed_precision, "num_processes": world_size}
     run, skipped = None, {}
     is_scanned = recipe.bad_images == "skip"
-    whole = recipe.replace(train_val_split=0.0) if is_scanned else recipe
+    every = {"train_val_split": 0.0, "max_train_samples": None, "max_eval_samples": None}
+    whole = recipe.replace(**every) if is_scanned else recipe
     source = first_on_each_node(accelerator, lambda: source_of(whole))  # one download a node
     # a wrong token is found before anything is trained, and no repository is made for data that is not there
     repository = agree(accelerator, lambda: open_destination(recipe, output_dir)) if recipe.push_to_hub else None
@@ -99,6 +100,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         run = agree(accelerator, lambda: open_run(output_dir, recipe, facts))  # what is found is kept in the folder
         skipped = leave_out_bad_images(accelerator, source, output_dir)
         hold_out(source, recipe.train_val_split, recipe.seed)
+        limit_samples(source, recipe.max_train_samples, recipe.max_eval_samples, recipe.seed)
     set_seed(derived_seed(recipe.seed, "initialisation") % 2**32)
     model, processor, loading_report = first_on_each_node(accelerator, lambda: build_network(recipe, chosen, source))
     num_parameters, finetuning = model.num_parameters(), prepare_finetuning(model, recipe)
@@ -126,7 +128,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     threads = torch.get_num_threads()
     data = TrainingData(
         source, decoder, batch_size, recipe.seed, *common, recipe.stream_lanes, recipe.stream_window, threads,
-        recipe.balanced_sampler,
+        recipe.balanced_sampler, recipe.aug_repeats,
     )  # fmt: skip
     plain_decoder = Decoder(processor)
     held = {
@@ -383,7 +385,7 @@ def _objective(recipe: Recipe, source: Source, device: torch.device, dtype: torc
     if source.is_multi_label:
         return MultiLabel(num_labels, smoothing)
     weights = _class_weights(source).to(device, dtype) if recipe.class_weights else None
-    return SingleLabel(num_labels, smoothing, weights)
+    return SingleLabel(num_labels, smoothing, weights, recipe.bce_loss, recipe.bce_target_thresh)
 
 
 def _class_weights(source: Source) -> torch.Tensor:

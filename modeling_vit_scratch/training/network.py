@@ -7,7 +7,8 @@ from transformers.utils import is_torchvision_available
 from ..configuration_vit_scratch import PRESETS, ViTScratchConfig, pair
 from ..data.augmentation import Augmentation
 from ..data.decoding import Decoder, Processor, probe
-from ..data.sources import Source, open_source
+from ..data.sources import open_source
+from ..data.splits import Source
 from ..errors import UserError, unknown
 from ..image_processing_vit_scratch import ViTScratchImageProcessor, ViTScratchImageProcessorPil
 from ..modeling_vit_scratch import ViTScratchForImageClassification
@@ -25,6 +26,7 @@ def source_of(recipe: Recipe) -> Source:
     return open_source(
         recipe.dataset_name, recipe.dataset_config_name, recipe.train_dir, recipe.validation_dir, recipe.test_dir,
         recipe.image_column_name, recipe.label_column_name, recipe.streaming, recipe.train_val_split, recipe.seed,
+        recipe.max_train_samples, recipe.max_eval_samples,
     )  # fmt: skip
 
 
@@ -139,6 +141,7 @@ def build_augmentation(recipe: Recipe, processor: Processor) -> tuple[Decoder, A
     decoder = Decoder(processor, recipe.seed, (scale, 1.0) if at_decoding else None, ratio)
     augmentation = Augmentation(
         horizontal_flip_prob=recipe.horizontal_flip_prob,
+        vertical_flip_prob=recipe.vertical_flip_prob,
         crop_padding=recipe.crop_padding,
         rotation_degrees=recipe.rotation_degrees,
         translate_pixels=recipe.translate_pixels,
@@ -148,6 +151,7 @@ def build_augmentation(recipe: Recipe, processor: Processor) -> tuple[Decoder, A
         auto_augment=recipe.auto_augment,
         randaugment_num_ops=recipe.randaugment_num_ops,
         randaugment_magnitude=recipe.randaugment_magnitude,
+        color_jitter=recipe.color_jitter,
         random_erasing_prob=recipe.random_erasing_prob,
     )
     return decoder, augmentation

@@ -20,19 +20,35 @@ from ..results.metrics import (
 
 @dataclass(frozen=True)
 class SingleLabel:
-    """One class an image: softmax cross-entropy. Targets: class ids (B,), or probabilities (B, K) of mixed images."""
+    """One class an image: softmax cross-entropy. Targets: class ids (B,), or probabilities (B, K) of mixed images.
+
+    is_binary: training lowers binary cross-entropy instead, a mean over the classes, as DeiT III's does (2204.07118).
+    target_threshold: a class whose share of a mixed image is above it counts as wholly there; None: as its share says.
+    """
 
     num_labels: int
     label_smoothing: float = 0.0
     class_weights: torch.Tensor | None = None  # (K,)
+    is_binary: bool = False
+    target_threshold: float | None = None
 
     problem_type = "single_label_classification"
 
     def loss_sum(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The sum over the images of what training lowers."""
+        if self.is_binary:
+            return self._binary_loss_sum(logits, targets)
         return torch.nn.functional.cross_entropy(
             logits, targets, self.class_weights, reduction="sum", label_smoothing=self.label_smoothing
         )
+
+    def _binary_loss_sum(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        shares = torch.nn.functional.one_hot(targets, self.num_labels) if targets.ndim == 1 else targets
+        shares = shares.to(logits.dtype)
+        present = shares if self.target_threshold is None else (shares > self.target_threshold).to(logits.dtype)
+        smooth = present * (1 - self.label_smoothing) + self.label_smoothing / self.num_labels
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, smooth, reduction="none").mean(dim=1)
+        return losses.sum() if self.class_weights is None else losses @ (shares @ self.class_weights)
 
     def num_correct(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """How many images have their class, or the greater share of a mixed one, as the most probable answer."""

@@ -6,7 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..data.decoding import Processor
-from ..data.sources import Source
+from ..data.splits import Source
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..results.examined import telling_images
 from ..results.model_card import write_model_card

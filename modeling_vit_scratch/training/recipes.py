@@ -44,6 +44,15 @@ class Recipe:
         0.1, DATA, "share of the training split held out for validation, where there is no validation split; 0: none",
         at_least=0, below=1,
     )  # fmt: skip
+    max_train_samples: int | None = flag(
+        None, DATA, "train on this many images alone, of each class its share; more of them hold the fewer", at_least=1
+    )
+    max_eval_samples: int | None = flag(
+        None,
+        DATA,
+        "validate on this many images alone, of each class its share; the test split stays whole",
+        at_least=1,
+    )
     bad_images: str = flag(
         "error", DATA, "images that cannot be read: stop at the first, or look at every image before training and "
         "leave them out",
@@ -143,6 +152,15 @@ class Recipe:
     warmup_steps: float = flag(0.05, OPTIMIZATION, "steps of rising rate; under 1: a share of all steps", at_least=0)
     max_grad_norm: float = flag(1.0, OPTIMIZATION, "gradients are scaled down to this norm; 0: never", at_least=0)
     label_smoothing_factor: float = flag(0.0, OPTIMIZATION, "mass spread over all classes", at_least=0, below=1)
+    bce_loss: bool = flag(
+        False, OPTIMIZATION, "train by binary cross-entropy, a mean over the classes; scores report softmax's all the "
+        "same",
+    )  # fmt: skip
+    bce_target_thresh: float | None = flag(
+        None, OPTIMIZATION, "with bce_loss, classes of a mixed image whose share is above this count as wholly there "
+        "(0 in DeiT III)",
+        at_least=0, below=1,
+    )  # fmt: skip
     class_weights: str | None = flag(
         None, OPTIMIZATION, "balanced: rare classes weigh more in the loss, all classes the same in sum",
         choices=("balanced",),
@@ -154,6 +172,7 @@ class Recipe:
 
     # --- augmentation
     horizontal_flip_prob: float = flag(0.0, AUGMENTATION, "share of images mirrored", at_least=0, at_most=1)
+    vertical_flip_prob: float = flag(0.0, AUGMENTATION, "share of images turned upside down", at_least=0, at_most=1)
     crop_padding: int = flag(0, AUGMENTATION, "pixels of black around an image before a random crop", at_least=0)
     random_resized_crop_scale: float | None = flag(
         None,
@@ -170,10 +189,13 @@ class Recipe:
     scale_range: float = flag(0.0, AUGMENTATION, "largest relative change of scale", at_least=0, below=1)
     auto_augment: str | None = flag(
         None, AUGMENTATION, "a policy of colour and geometry, drawn for each image",
-        choices=("randaugment", "autoaugment_cifar10", "autoaugment_imagenet", "trivialaugment"),
+        choices=("randaugment", "autoaugment_cifar10", "autoaugment_imagenet", "trivialaugment", "three_augment"),
     )  # fmt: skip
     randaugment_num_ops: int = flag(2, AUGMENTATION, "operations that RandAugment applies in a row", at_least=1)
     randaugment_magnitude: int = flag(9, AUGMENTATION, "RandAugment's magnitude, of 30", at_least=0, at_most=30)
+    color_jitter: float = flag(
+        0.0, AUGMENTATION, "largest relative change of brightness, contrast and saturation", at_least=0, at_most=1
+    )
     random_erasing_prob: float = flag(
         0.0, AUGMENTATION, "share of images of which a rectangle becomes noise", at_least=0, at_most=1
     )
@@ -187,6 +209,10 @@ class Recipe:
     mixup_off_step: float | None = flag(
         None, AUGMENTATION, "from this step on nothing is mixed; under 1: a share of all steps", above=0
     )
+    aug_repeats: int = flag(
+        1, AUGMENTATION, "how often an image stands in a batch, augmented anew each time; an epoch shows fewer images",
+        at_least=1,
+    )  # fmt: skip
     initial_image_size: int | None = flag(
         None, AUGMENTATION, "side in pixels of the images of the first steps; a multiple of the patch", at_least=1
     )

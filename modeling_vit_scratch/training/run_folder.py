@@ -92,6 +92,7 @@ def _checkpoint_to_take(folder: Path, recipe: Recipe) -> Path | None:
 
 def _refuse_another_recipe(folder: Path, old: dict[str, Any], recipe: Recipe, facts: dict[str, Any]):
     new = {**json.loads(json.dumps(recipe.to_dict())), **facts}
+    old = {**json.loads(json.dumps(Recipe().to_dict())), **old}  # a run from before there was a flag is one without it
     if parse_overrides(old.get("config_overrides")) == parse_overrides(recipe.config_overrides):
         old = {**old, "config_overrides": recipe.config_overrides}  # the same fields, in other words
     free = may_change_on_resume(recipe) | {"num_processes"}

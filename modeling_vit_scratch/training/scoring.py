@@ -17,7 +17,8 @@ from ..data.folders import open_folders
 from ..data.listing import shown, some
 from ..data.loading import EvaluationData, is_resident
 from ..data.scan import BadImage, scan_steps, without_bad
-from ..data.sources import Source, Split, open_source
+from ..data.sources import open_source
+from ..data.splits import Source, Split
 from ..errors import UserError, unknown
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..results.metrics import wilson_interval

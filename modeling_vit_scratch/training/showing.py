@@ -11,7 +11,7 @@ from ..data.augmentation import POLICIES, Draws, Mixing, normalise
 from ..data.decoding import Decoder, normalisation
 from ..data.loading import RowReader
 from ..data.order import ResidentOrder, derived_seed
-from ..data.sources import Source
+from ..data.splits import Source
 from ..errors import UserError
 from ..results.augmentation_grid import Panel, write_augmentation_grid
 from ..results.record import public_word
@@ -100,10 +100,12 @@ def _title(recipe: Recipe, source: Source) -> str:
         "policy": recipe.auto_augment,
         "random resized crop from": recipe.random_resized_crop_scale,
         "flip": recipe.horizontal_flip_prob,
+        "vertical flip": recipe.vertical_flip_prob,
         "crop padding": recipe.crop_padding,
         "rotation": recipe.rotation_degrees,
         "shift": recipe.translate_pixels,
         "scale": recipe.scale_range,
+        "colour jitter": recipe.color_jitter,
         "erasing": recipe.random_erasing_prob,
         "mixup": recipe.mixup_alpha,
         "cutmix": recipe.cutmix_alpha,

@@ -30,7 +30,9 @@ NOT_SWEPT = {
     "seed": "use --seeds 1,2,3: the table shows mean and deviation over them",
     "metric_for_best_model": "the sweep is ranked by it; give it as a flag",
     **dict.fromkeys(("dataset_name", "dataset_config_name", "train_dir", "validation_dir", "test_dir"), OTHER_IMAGES),
-    **dict.fromkeys(("image_column_name", "label_column_name", "train_val_split", "streaming"), OTHER_IMAGES),
+    **dict.fromkeys(
+        ("image_column_name", "label_column_name", "train_val_split", "max_eval_samples", "streaming"), OTHER_IMAGES
+    ),
     **dict.fromkeys(("logging_steps", "save_steps", "save_total_limit", "report_to", "push_to_hub"), NOT_LEARNED),
 }
 

@@ -6,6 +6,8 @@ sample, float64 on the CPU. Where theirs have no factor, theirs are called. Any 
 treated alike, and only three of them are colours, with a grey of 0.2989 R + 0.587 G + 0.114 B.
 """
 
+import math
+
 import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as tvF
@@ -15,6 +17,7 @@ from .draws import send
 # B batch, C channels, H W image
 
 GREEN, BLUE = (float(np.float32(share)) for share in (0.587, 0.114))  # of grey, as torchvision's kernels round them
+LARGEST_SIGMA = 2.0  # of a blur, in pixels
 
 
 def _spread(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -80,6 +83,28 @@ def sharpness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     sharper = _multiply_add(inner, blurred - inner, _spread((1.0 - factors).float(), images))
     sharpened[..., 1:-1, 1:-1] = sharper.clamp_(0, 255).to(torch.uint8)
     return sharpened
+
+
+def gaussian_blur(images: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """Each image under a Gaussian of its own standard deviation, in pixels above 0; sides are mirrored.
+
+    The kernel reaches three times the largest of LARGEST_SIGMA, or to the image's far side. One axis after the other:
+    torchvision multiplies by both at once, and a pixel in some thousands comes out one apart.
+    """
+    radius = min(math.ceil(3 * LARGEST_SIGMA), *(side - 1 for side in images.shape[-2:]))
+    distances = torch.arange(radius + 1, dtype=torch.float64)
+    weights = torch.exp(-0.5 * (distances / sigmas[:, None]) ** 2)  # (B, radius + 1)
+    weights = weights / (weights.sum(dim=1, keepdim=True) + weights[:, 1:].sum(dim=1, keepdim=True))
+    spread = [_spread(column, images) for column in weights.float().unbind(1)]
+    values = torch.nn.functional.pad(images.float(), (radius,) * 4, mode="reflect")
+    for axis in (-1, -2):
+        side = images.shape[axis]
+        blurred = values.narrow(axis, radius, side) * spread[0]
+        for distance in range(1, radius + 1):
+            pair = values.narrow(axis, radius - distance, side) + values.narrow(axis, radius + distance, side)
+            blurred += pair.mul_(spread[distance])
+        values = blurred
+    return values.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def posterize(images: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:

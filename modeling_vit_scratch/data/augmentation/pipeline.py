@@ -9,7 +9,7 @@ import torch
 from ...errors import UserError, unknown
 from .draws import NUM_BOX_DRAWS, Draws, draw_boxes, send
 from .geometry import affine, central_boxes, flip, pad_and_crop, resized_crop
-from .policies import POLICIES, apply_stages
+from .policies import POLICIES, apply_stages, color_jitter
 
 # B batch, C channels, H W image
 
@@ -21,16 +21,19 @@ class Augmentation:
     """What is done to a training batch, in the order of this text; what is switched off costs nothing.
 
     random_resized_crop_scale: least share of the area that a crop keeps (Inception's crop, 1409.4842), with a width /
-    height within random_resized_crop_ratio; None: no such crop. horizontal_flip_prob: share of images mirrored.
-    crop_padding: pixels of black put around before a random crop of the old size. rotation_degrees, translate_pixels,
-    scale_range: largest rotation, shift (pixels) and relative change of scale of a random affine map, each drawn
-    uniformly from plus to minus it; bilinear, black outside. auto_augment: a key of POLICIES; RandAugment's number of
-    operations and magnitude (0 to 30). random_erasing_prob: share of images of which `erase` fills a rectangle.
+    height within random_resized_crop_ratio; None: no such crop. horizontal_flip_prob, vertical_flip_prob: shares of
+    images mirrored left to right, and upside down. crop_padding: pixels of black put around before a random crop of the
+    old size. rotation_degrees, translate_pixels, scale_range: largest rotation, shift (pixels) and relative change of
+    scale of a random affine map, each drawn uniformly from plus to minus it; bilinear, black outside. auto_augment: a
+    key of POLICIES; RandAugment's number of operations and magnitude (0 to 30). color_jitter: largest relative change
+    of brightness, contrast and saturation, 0 to 1. random_erasing_prob: share of images of which `erase` fills a
+    rectangle.
 
     Raises UserError for a policy that there is not and for a range whose ends are swapped.
     """
 
     horizontal_flip_prob: float = 0.0
+    vertical_flip_prob: float = 0.0
     crop_padding: int = 0
     rotation_degrees: float = 0.0
     translate_pixels: float = 0.0
@@ -40,6 +43,7 @@ class Augmentation:
     auto_augment: str | None = None
     randaugment_num_ops: int = 2
     randaugment_magnitude: int = 9
+    color_jitter: float = 0.0
     random_erasing_prob: float = 0.0
 
     def __post_init__(self):
@@ -63,6 +67,8 @@ class Augmentation:
             images = resized_crop(images, boxes)
         if self.horizontal_flip_prob:
             images = flip(images, draws.uniform("flip", 1)[:, 0] < self.horizontal_flip_prob)
+        if self.vertical_flip_prob:
+            images = flip(images, draws.uniform("vertical flip", 1)[:, 0] < self.vertical_flip_prob, axis=-2)
         if self.crop_padding:
             images = pad_and_crop(images, self.crop_padding, draws.uniform("padded crop", 2))
         if self.is_affine:
@@ -70,13 +76,15 @@ class Augmentation:
             angles = around[:, 0] * math.radians(self.rotation_degrees)
             shifts, scales = around[:, 1:3] * self.translate_pixels, 1 + around[:, 3] * self.scale_range
             images = affine(images.float(), angles, shifts, scales)
+        stages = []
         if self.auto_augment is not None:
-            if images.dtype != torch.uint8:
-                images = images.round().clamp_(0, 255).to(torch.uint8)
             policy = POLICIES[self.auto_augment]
-            stages = policy(draws, height, width, self.randaugment_num_ops, self.randaugment_magnitude)
-            images = apply_stages(images, stages)
-        return images
+            stages += policy(draws, height, width, self.randaugment_num_ops, self.randaugment_magnitude)
+        if self.color_jitter:
+            stages += color_jitter(draws, self.color_jitter)
+        if stages and images.dtype != torch.uint8:
+            images = images.round().clamp_(0, 255).to(torch.uint8)
+        return apply_stages(images, stages) if stages else images
 
     def erase(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
         """Normalised floats (B, C, H, W): of `random_erasing_prob` of them a rectangle becomes noise (1708.04896)."""

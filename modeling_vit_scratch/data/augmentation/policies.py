@@ -1,7 +1,8 @@
 """AutoAugment (1805.09501), RandAugment (1909.13719) and TrivialAugment (2103.10158): their tables, drawn per sample.
 
-Operations, ranges and the 25 sub-policies are torchvision's, and so is their meaning (the tests compare them row by
-row). Outside a moved image lies grey 128, as in AutoAugment's code; pixels are read at the nearest place.
+Beside them DeiT III's 3-Augment (2204.07118) and colour jitter, which draw from the same operations. Operations, ranges
+and the 25 sub-policies are torchvision's, and so is their meaning (the tests compare them row by row). Outside a moved
+image lies grey 128, as in AutoAugment's code; pixels are read at the nearest place.
 """
 
 from collections.abc import Callable
@@ -52,6 +53,7 @@ COLOUR: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "autocontrast": lambda images, m: colour.autocontrast(images),
     "equalize": lambda images, m: colour.equalize(images),
     "invert": lambda images, m: colour.invert(images),
+    "blur": colour.gaussian_blur,
 }
 OPERATIONS = ("identity", *GEOMETRY, *COLOUR)  # an operation's number is its place here
 
@@ -235,12 +237,40 @@ def trivial_augment(draws: Draws, height: int, width: int) -> list[Stage]:
     return [Stage(numbers[kinds], _with_sign(magnitudes, is_signed[kinds], uniforms[:, 2]))]
 
 
+SIGMAS = (0.1, colour.LARGEST_SIGMA)  # of 3-Augment's blur, in pixels
+SOLARIZED_FROM = 128 / 255  # share of the largest value
+
+
+def three_augment(draws: Draws) -> list[Stage]:
+    """Grey, solarized from 128 on, or blurred by a Gaussian: one of them a sample, each as likely.
+
+    2204.07118, section 3. There colour jitter of 0.3 follows, which is a flag of its own here.
+    """
+    uniforms = draws.uniform("three_augment", 2).numpy().astype(np.float64)
+    kinds = choose(uniforms[:, 0], 3)
+    numbers = np.array([OPERATIONS.index(name) for name in ("color", "solarize", "blur")])[kinds]
+    sigmas = SIGMAS[0] + uniforms[:, 1] * (SIGMAS[1] - SIGMAS[0])
+    return [Stage(numbers, np.choose(kinds, (-1.0, SOLARIZED_FROM, sigmas)))]  # a colour of 1 - 1 is none
+
+
+def color_jitter(draws: Draws, strength: float) -> list[Stage]:
+    """Brightness, contrast and saturation, in an order drawn for each sample, times factors drawn evenly from
+    1 - strength (not below 0) to 1 + strength: torchvision's ColorJitter without its hue."""
+    uniforms = draws.uniform("color_jitter", 6).numpy().astype(np.float64)  # three factors; three ranks
+    low, high = max(0.0, 1.0 - strength), 1.0 + strength
+    factors = low + uniforms[:, :3] * (high - low)
+    numbers = np.array([OPERATIONS.index(name) for name in ("brightness", "contrast", "color")])
+    order = uniforms[:, 3:].argsort(axis=1)
+    return [Stage(numbers[kinds], factors[np.arange(len(factors)), kinds] - 1.0) for kinds in order.T]
+
+
 # name: the stages from the draws, the image's height and width, and RandAugment's number and magnitude
 POLICIES: dict[str, Callable[[Draws, int, int, int, int], list[Stage]]] = {
     "randaugment": lambda draws, height, width, num_ops, m: rand_augment(draws, num_ops, m, height, width),
     "autoaugment_cifar10": lambda draws, height, width, *_: auto_augment(draws, "autoaugment_cifar10", height, width),
     "autoaugment_imagenet": lambda draws, height, width, *_: auto_augment(draws, "autoaugment_imagenet", height, width),
     "trivialaugment": lambda draws, height, width, *_: trivial_augment(draws, height, width),
+    "three_augment": lambda draws, *_: three_augment(draws),
 }
 
 
