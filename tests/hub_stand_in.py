@@ -220,6 +220,8 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.found((kind or "models/").rstrip("/"), name, for_files=True)
         if repository is None:
             return
+        if revision not in ("main", *repository.branches) and not re.fullmatch("[0-9a-f]{40}", revision):
+            return self.refuse(404, "RevisionNotFound", "Invalid rev id")
         repository = repository.at(revision)
         if file not in repository.files:
             return self.refuse(404, "EntryNotFound", "Entry not found")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub_stand_in import HubStandIn
+from hub_stand_in import HubStandIn, Repository
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torchvision.models import VisionTransformer as TorchvisionViT
@@ -209,6 +209,16 @@ for name in ("me/pickle", "me/nothing", "me/bare"):
         load_pretrained(name)
     except UserError as error:
         print(error)
+from modeling_vit_scratch.training.flags import parse_arguments
+from modeling_vit_scratch.training.network import build_network, source_of
+for revision in ([], ["--model_revision", "of-timm"]):
+    recipe, chosen = parse_arguments(["--model_name_or_path", "me/hf", "--dataset_name", "digits", *revision])
+    _, processor, report = build_network(recipe, chosen, source_of(recipe))
+    print(report.format, processor.image_mean)
+try:
+    load_pretrained("me/hf", revision="nowhere")
+except UserError as error:
+    print(error)
 """
 
 
@@ -222,9 +232,11 @@ def test_repositories_of_transformers_and_timm_load_by_name_and_pickles_are_refu
     torch.save(state, pickled)
     save_file(state, tmp_path / "timm.safetensors")
     with HubStandIn() as hub:
-        hub.add("models", "me/hf", tmp_path / "hf")
+        theirs = hub.add("models", "me/hf", tmp_path / "hf")
         weights = (tmp_path / "timm.safetensors").read_bytes()
-        hub.add("models", "me/timm", {"config.json": config, "model.safetensors": weights})
+        of_timm = {"config.json": config, "model.safetensors": weights}
+        hub.add("models", "me/timm", of_timm)
+        theirs.branches["of-timm"] = Repository(of_timm)
         hub.add("models", "me/pickle", {"config.json": config, "pytorch_model.bin": pickled.getvalue()})
         hub.add("models", "me/bare", {"config.json": config})
         root = str(Path(__file__).resolve().parents[1])
@@ -239,6 +251,9 @@ def test_repositories_of_transformers_and_timm_load_by_name_and_pickles_are_refu
     assert "me/pickle has its weights in pytorch_model.bin alone: a downloaded pickle is not opened" in lines[4]
     assert lines[5] == "me/nothing: no such folder or file, and no such model on the Hub."
     assert lines[6] == "me/bare: the Hub has no model.safetensors of it."
+    assert lines[7] == "transformers (0.5,)"
+    assert lines[8].startswith("timm (0.1")
+    assert lines[9].startswith("me/hf: the Hub does not give it: ")
     assert not fetched
 
 

@@ -1,6 +1,7 @@
 """Flags that could not change a run are errors: nothing a person wrote is passed over in silence."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from ..data.decoding import Decoder
 from ..data.loading import is_resident
@@ -34,6 +35,10 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
     "push_to_hub": (lambda r: r.push_to_hub and r.specimen is not None, "a specimen is not published"),
     **dict.fromkeys(("hub_model_id", "hub_private_repo"), (lambda r: not r.push_to_hub, "it goes with --push_to_hub")),
     "finetune": (lambda r: r.model_name_or_path is None, "it goes with --model_name_or_path"),
+    "model_revision": (
+        lambda r: r.model_name_or_path is None or Path(r.model_name_or_path).expanduser().exists(),
+        "it goes with --model_name_or_path and the name of a repository on the Hub",
+    ),
     **dict.fromkeys(
         ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
         (lambda r: r.finetune != "lora", "it goes with --finetune lora"),

@@ -165,16 +165,18 @@ def has_adapter(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")  # peft sets it on the network that it changes
 
 
-def save_adapter(model: ViTScratchForImageClassification, folder: Path, base_model_name_or_path: str):
+def save_adapter(
+    model: ViTScratchForImageClassification, folder: Path, base_model_name_or_path: str, revision: str | None = None
+):
     """Writes LoRA's matrices and the classifier to `folder`, whole or not at all, as peft.PeftModel loads them.
 
-    base_model_name_or_path: the checkpoint that the network was before, for who wants to load it.
+    base_model_name_or_path, revision: the checkpoint that the network was before, for who wants to load it.
     """
     peft = _peft()
     # "auto" would look for the base's configuration on the Hub, to see whether its vocabulary had grown
     tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     config = copy.copy(model.peft_config["default"])
-    config.base_model_name_or_path, config.inference_mode = base_model_name_or_path, True
+    config.base_model_name_or_path, config.revision, config.inference_mode = base_model_name_or_path, revision, True
     on_cpu = {f"{PEFT_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with written_whole(Path(folder)) as partial:
         config.save_pretrained(partial)

@@ -55,7 +55,8 @@ def build_network(
     try:
         if recipe.model_name_or_path is not None:
             size = recipe.image_size if "image_size" in chosen else None
-            model, report = load_pretrained(recipe.model_name_or_path, source.class_names, size, channels)
+            wanted = (source.class_names, size, channels)
+            model, report = load_pretrained(recipe.model_name_or_path, *wanted, revision=recipe.model_revision)
             model.config.problem_type = problem_type
         else:
             facts = _facts(recipe, chosen, native, channels)
@@ -109,7 +110,7 @@ def build_processor(
     backend = ViTScratchImageProcessor if is_torchvision_available() else ViTScratchImageProcessorPil
     fields: dict[str, Any] = {}
     if recipe.model_name_or_path is not None:
-        fields = load_pixel_facts(recipe.model_name_or_path, num_channels)
+        fields = load_pixel_facts(recipe.model_name_or_path, num_channels, recipe.model_revision)
     crop_pct = fields.pop("crop_pct", recipe.crop_pct)
     crop_pct = recipe.crop_pct if "crop_pct" in chosen else crop_pct
     for name in ("image_mean", "image_std"):

@@ -82,9 +82,14 @@ def changed_fields(recipe: Recipe) -> dict[str, Any]:
 
 
 def save_model(
-    output_dir: Path, model: ViTScratchForImageClassification, processor: Processor, model_name_or_path: str | None
+    output_dir: Path,
+    model: ViTScratchForImageClassification,
+    processor: Processor,
+    start: tuple[str | None, str | None],
 ):
     """Writes model/, with LoRA merged into the matrices, and where there is LoRA, the adapter alone to adapter/.
+
+    start: the checkpoint that the network was before, and its revision.
 
     A specimen is not published: its weights would load as another network. A line says so.
     """
@@ -92,7 +97,7 @@ def save_model(
         print(f"{output_dir}/model: {SPECIMEN.format(bugs=bugs)}", flush=True)
         return
     if has_adapter(model):
-        save_adapter(model, output_dir / "adapter", model_name_or_path)
+        save_adapter(model, output_dir / "adapter", *start)
     plain = merged(model)
     save_model_folder(output_dir / "model", plain, plain.state_dict(), processor)
 

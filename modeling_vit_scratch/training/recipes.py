@@ -84,6 +84,7 @@ class Recipe:
     model_name_or_path: str | None = flag(
         None, NETWORK, "a pretrained checkpoint to start from: a Hub name, a folder or a file of weights"
     )
+    model_revision: str | None = flag(None, NETWORK, "the branch, tag or commit of a checkpoint on the Hub; else main")
     finetune: str = flag(
         "full", NETWORK, "what is trained of the checkpoint: full, head, last:K (layers), attention or lora"
     )

@@ -49,17 +49,18 @@ def load_pretrained(
     image_size: Any = None,
     num_channels: int | None = None,
     num_attention_heads: int | None = None,
+    revision: str | None = None,
 ) -> tuple[ViTScratchForImageClassification, LoadingReport]:
     """The checkpoint's network in float32 for these classes, this image size and these channels, and the report.
 
     name_or_path: a Hub repository, a folder, or a file of weights, of this package, transformers, timm, torchvision or
     Google. None keeps what the checkpoint has. The head is kept where the class names are the checkpoint's own, else
     drawn anew; learned positions are interpolated to another image size; between RGB and grey the patch kernel is
-    summed or spread. num_attention_heads: for a bare file of an unusual width, which does not say it.
-    Raises UserError where there is no such checkpoint, and where any other tensor is missing, unknown or of another
-    shape.
+    summed or spread. num_attention_heads: for a bare file of an unusual width, which does not say it. revision: the
+    branch, tag or commit of a Hub repository. Raises UserError where there is no such checkpoint, and where any other
+    tensor is missing, unknown or of another shape.
     """
-    reading = _read_with_pixels(name_or_path, num_attention_heads)
+    reading = _read_with_pixels(name_or_path, num_attention_heads, revision)
     if class_names is None and not reading.has_head:
         raise UserError(f"{name_or_path} {reading.no_head}: fine-tune it, with the names of your classes.")
     wanted: dict[str, Any] = {"image_size": image_size, "num_channels": num_channels}
@@ -68,9 +69,9 @@ def load_pretrained(
     return network_of(reading, {name: value for name, value in wanted.items() if value is not None})
 
 
-def _read_with_pixels(name_or_path: str, num_attention_heads: int | None) -> Reading:
+def _read_with_pixels(name_or_path: str, num_attention_heads: int | None, revision: str | None = None) -> Reading:
     """The reading, with a note where nothing says how its images are to be normalised."""
-    checkpoint = open_checkpoint(name_or_path)
+    checkpoint = open_checkpoint(name_or_path, {"revision": revision})
     reading = read_checkpoint(checkpoint, num_attention_heads)
     if "image_mean" not in pixel_facts(checkpoint, reading.format):
         reading.notes.append("no file says image_mean and image_std of its training: 0.5 unless given")
@@ -102,12 +103,12 @@ def checkpoint_facts(name_or_path: str, num_attention_heads: int | None = None) 
     return read_checkpoint(checkpoint, num_attention_heads).config
 
 
-def load_pixel_facts(name_or_path: str, num_channels: int | None = None) -> dict[str, Any]:
+def load_pixel_facts(name_or_path: str, num_channels: int | None = None, revision: str | None = None) -> dict[str, Any]:
     """image_mean, image_std, resample and crop_pct: those that the checkpoint or its format says.
 
     With num_channels, mean and standard deviation are for so many channels.
     """
-    checkpoint = open_checkpoint(name_or_path)
+    checkpoint = open_checkpoint(name_or_path, {"revision": revision})
     return with_channels(pixel_facts(checkpoint, _format_of(checkpoint)), num_channels)
 
 
