@@ -1,7 +1,7 @@
 """What augmenting a batch costs, ours beside kornia's and torchvision's, as a share of a training step.
 
 python benchmarks/augmentation.py                                            prints two tables
-python benchmarks/augmentation.py --threads 2 --output benchmarks/results/augmentation-cpu.json
+python benchmarks/augmentation.py --precisions no --output benchmarks/results/augmentation-cpu.json
 python benchmarks/augmentation.py --device cuda --output benchmarks/results/augmentation-gpu.json
 
 A batch of 128 images of 32 x 32 pixels. All candidates and the training step (vit_lite_7_4: forward, backward, AdamW)
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from recorded import write_record  # which puts the package of this checkout first
 from torchvision.transforms import InterpolationMode, v2
+from train_step import PRECISION_NAMES
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.data.augmentation import Augmentation, Draws, Mixing
@@ -62,6 +63,8 @@ def our_candidates() -> dict[str, Callable[[torch.Tensor, torch.Tensor, int], to
         "AutoAugment, ImageNet": augment(auto_augment="autoaugment_imagenet"),
         "RandAugment (2, 9)": augment(auto_augment="randaugment"),
         "TrivialAugment": augment(auto_augment="trivialaugment"),
+        "3-Augment": augment(auto_augment="three_augment"),
+        "colour jitter": augment(color_jitter=0.3),
         "random erasing": lambda images, labels, step: erasing.erase(images, Draws(0, step, BATCH_SIZE, positions)),
         "mixup": mix(mixup_alpha=0.8),
         "CutMix": mix(cutmix_alpha=1.0),
@@ -82,6 +85,13 @@ def kornia_candidates() -> dict[str, Any]:
         "AutoAugment, ImageNet": auto.AutoAugment("imagenet"),
         "RandAugment (2, 9)": auto.RandAugment(n=2, m=9),
         "TrivialAugment": auto.TrivialAugment(),
+        "3-Augment": K.ImageSequential(  # a threshold of 0.5
+            K.RandomGrayscale(p=1.0),
+            K.RandomSolarize(thresholds=0.0, additions=0.0, p=1.0),
+            K.RandomGaussianBlur((13, 13), (0.1, 2.0), p=1.0),
+            random_apply=1,
+        ),
+        "colour jitter": K.ColorJitter(0.3, 0.3, 0.3, p=1.0),
         "random erasing": K.RandomErasing(p=0.25),
         "mixup": K.RandomMixUpV2(data_keys=["input", "class"]),
         "CutMix": cutmix,
@@ -98,6 +108,10 @@ def torchvision_candidates() -> dict[str, Any]:
         "AutoAugment, ImageNet": v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=grey),
         "RandAugment (2, 9)": v2.RandAugment(2, 9, fill=grey),
         "TrivialAugment": v2.TrivialAugmentWide(fill=grey),
+        "3-Augment": v2.RandomChoice(
+            [v2.Grayscale(num_output_channels=3), v2.RandomSolarize(128, p=1.0), v2.GaussianBlur(13, (0.1, 2.0))]
+        ),
+        "colour jitter": v2.ColorJitter(0.3, 0.3, 0.3),
         "random erasing": v2.RandomErasing(0.25, value="random"),
         "mixup": v2.MixUp(alpha=0.8, num_classes=NUM_LABELS),
         "CutMix": v2.CutMix(alpha=1.0, num_classes=NUM_LABELS),
@@ -160,7 +174,7 @@ def milliseconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure_time(
-    device: torch.device, rounds: int
+    device: torch.device, rounds: int, precisions: list[str]
 ) -> tuple[dict[tuple[str, str], list[float]], dict[str, list[float]]]:
     """Milliseconds of each round, by (task, candidate), and of training steps, by precision."""
     generator = torch.Generator().manual_seed(0)
@@ -169,7 +183,7 @@ def measure_time(
     labels = (torch.arange(BATCH_SIZE) % NUM_LABELS).to(device)
     table = runners()
     inputs = {key: input_of(*key, images) for key in table}
-    steps = {"float32": TrainingStep(images, labels, False), "bfloat16": TrainingStep(images, labels, True)}
+    steps = {PRECISION_NAMES[name]: TrainingStep(images, labels, name == "bf16") for name in precisions}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in table}
     step_times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(-3, rounds):  # the first three warm up
@@ -263,12 +277,13 @@ def uint8_result(run: Callable[..., torch.Tensor], batch: torch.Tensor, labels: 
 def time_table(times: dict[tuple[str, str], list[float]], steps: dict[str, list[float]]) -> str:
     medians = {key: statistics.median(values) for key, values in times.items()}
     step = {name: statistics.median(values) for name, values in steps.items()}
+    taken = ", ".join(f"{value:.0f} ms in {name}" for name, value in step.items())
+    shares = " | ".join(f"ours, share of a step in {name}" for name in step)
     lines = [
-        f"Milliseconds a batch of {BATCH_SIZE} images of {SIZE} px (a step of {PRESET}: {step['float32']:.0f} ms in "
-        f"float32, {step['bfloat16']:.0f} ms in bf16)",
+        f"Milliseconds a batch of {BATCH_SIZE} images of {SIZE} px (a step of {PRESET}: {taken})",
         "",
-        f"| | {' | '.join(CANDIDATES)} | ours, images/s | ours, share of a step: float32 | bf16 |",
-        "|---" * (len(CANDIDATES) + 4) + "|",
+        f"| | {' | '.join(CANDIDATES)} | ours, images/s | {shares} |",
+        "|---" * (len(CANDIDATES) + 2 + len(step)) + "|",
     ]
     for task in dict.fromkeys(task for task, _ in medians):
         cells = [f"{medians[task, name]:.2f}" if (task, name) in medians else "—" for name in CANDIDATES]
@@ -299,11 +314,12 @@ def main():
     parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch [2]")
     parser.add_argument("--rounds", type=int, default=40, help="measurements of each number [40]")
+    parser.add_argument("--precisions", default="no,bf16", help="of the step: no (float32) and bf16, with commas")
     parser.add_argument("--output", metavar="FILE", help="write the measurements there as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device, load_before = torch.device(arguments.device), os.getloadavg()[0]
-    times, steps = measure_time(device, arguments.rounds)
+    times, steps = measure_time(device, arguments.rounds, arguments.precisions.split(","))
     rows = measure_draws(device)
     print(time_table(times, steps), draws_table(rows), sep="\n\n")
     if arguments.output:
