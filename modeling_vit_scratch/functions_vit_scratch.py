@@ -146,6 +146,8 @@ def linear(states: torch.Tensor, module: nn.Linear) -> torch.Tensor:
 
 # ---------------------------------------------------------------- the MLP
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 def activated_linear(
     states: torch.Tensor, activation: nn.Module, dropout: nn.Dropout, module: nn.Linear
@@ -163,8 +165,9 @@ def computes_activation_anew(
 ) -> bool:
     """Whether to train without keeping the activation, the widest tensor of a layer; benchmarks/NOTES.md has the price.
 
-    On a CPU, where it was measured; where a compiler does not choose itself what to keep; where nobody looks on; and
-    where the states come in the precision that the product has.
+    On a CPU, where it was measured, but in float32 by MKL, where other libraries' networks would be faster; where a
+    compiler does not choose itself what to keep; where nobody looks on; and where the states come in the precision that
+    the product has.
     """
     autocast = torch.is_autocast_enabled("cpu")
     return (
@@ -172,6 +175,7 @@ def computes_activation_anew(
         and dropout.p == 0.0
         and torch.is_grad_enabled()
         and states.device.type == "cpu"
+        and (states.dtype in HALVES or is_faster_by_onednn())
         and states.dtype == (torch.get_autocast_dtype("cpu") if autocast else module.weight.dtype)
         and not torch.compiler.is_compiling()
         and not _has_any_global_hook()

@@ -300,6 +300,16 @@ def test_several_labels_an_image_are_answered_around_a_logit_of_zero():
     assert 0.5 < ridge.accuracy <= 1
 
 
+def test_before_binary_training_the_scale_is_that_of_the_sigmoids():
+    features, labels = clouds(num_labels=4)
+    binary, plain = (fit_ridge(features, labels, 4, is_binary=is_binary) for is_binary in (True, False))
+    as_rows = fit_ridge(features, torch.nn.functional.one_hot(labels, 4).float(), 4)
+    assert torch.equal(binary.weight, as_rows.weight) and torch.equal(binary.bias, as_rows.bias)
+    assert binary.accuracy == plain.accuracy and binary.errors == plain.errors  # by the greatest answer, still
+    losses = [SingleLabel(4, is_binary=True).loss_sum(features @ r.weight.T + r.bias, labels) for r in (binary, plain)]
+    assert losses[0] < 0.5 * losses[1]
+
+
 def test_the_classifier_starts_as_the_ridge_regression(repo):
     training, held, pixels = data_of(repo)
     model = frozen_network()
@@ -313,4 +323,5 @@ def test_the_classifier_starts_as_the_ridge_regression(repo):
     model = frozen_network(classifier="mlp")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert start_from_ridge(model, cached.training) is None
+    assert start_from_ridge(frozen_network(), cached.training, is_binary=True).scale != ridge.scale
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -334,7 +334,7 @@ def test_averaged_weights_of_a_network_with_lora_are_merged_and_saved(tmp_path):
 
 def test_an_adapter_holds_the_head_and_no_more_than_what_was_trained(tmp_path):
     model = lora_network()
-    save_adapter(model, tmp_path / "adapter", "owner/base")
+    save_adapter(model, tmp_path / "adapter", "owner/base", "v2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert sum(tensor.numel() for tensor in tensors.values()) == sum(
@@ -342,7 +342,7 @@ def test_an_adapter_holds_the_head_and_no_more_than_what_was_trained(tmp_path):
     )
     assert {"base_model.model.classifier.weight", "base_model.model.classifier.bias"} < set(tensors)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "owner/base" and config["inference_mode"]
+    assert config["base_model_name_or_path"] == "owner/base" and config["revision"] == "v2" and config["inference_mode"]
     assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (3, 5, ["classifier"])
 
 

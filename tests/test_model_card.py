@@ -17,11 +17,17 @@ ON_THE_HUB = {"name": "cifar10", "repository": "uoft-cs/cifar10", "splits": {"te
 
 
 def a_run(
-    folder: Path, dataset: dict[str, Any], plots: tuple[str, ...] = (), start: str | None = None, **scores: float
+    folder: Path,
+    dataset: dict[str, Any],
+    plots: tuple[str, ...] = (),
+    start: str | None = None,
+    revision: str | None = None,
+    **scores: float,
 ) -> Path:
     (folder / "plots").mkdir(parents=True)
     results = {"class_names": ["cat", "dog"], "dataset": dataset, **scores}
-    (folder / "recipe.json").write_text(json.dumps({"recipe": "cifar10", "model_name_or_path": start}))
+    recipe = {"recipe": "cifar10", "model_name_or_path": start, "model_revision": revision}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "metrics.jsonl").write_text("")
     for index, name in enumerate(plots):
@@ -45,7 +51,9 @@ def test_the_card_parses_and_its_results_are_those_of_results_json(tmp_path):
 
 
 def test_a_model_from_a_strangers_checkpoint_names_it_and_claims_no_license_of_its_own(tmp_path):
-    card = ModelCard.load(write_model_card(a_run(tmp_path / "run", ON_THE_HUB, start="google/vit-base", **SCORES)))
+    folder = a_run(tmp_path / "run", ON_THE_HUB, start="google/vit-base", revision="refs/pr/3", **SCORES)
+    card = ModelCard.load(write_model_card(folder))
+    assert "fine-tuned from google/vit-base at refs/pr/3, that sorts" in card.text
     assert card.data.base_model == "google/vit-base" and card.data.license is None
     assert "The license of the checkpoint it was fine-tuned from holds for it too." in card.text
 

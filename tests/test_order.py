@@ -49,21 +49,37 @@ def test_a_repeated_sample_stands_in_a_row_and_is_drawn_anew_each_time(batch_siz
         first = plain[37 * epoch : 37 * epoch + 13]
         assert np.array_equal(samples[37 * epoch : 37 * epoch + 37], np.repeat(first, 3)[:37])
     assert len(set(zip(views.tolist(), samples.tolist(), strict=True))) == len(samples)
-    balanced = BalancedOrder(np.arange(40) % 4, seed=0, repeats=2)
-    once = BalancedOrder(np.arange(40) % 4, seed=0).batch(0, 10)[1]
-    assert np.array_equal(pickle.loads(pickle.dumps(balanced)).batch(0, 20)[1], np.repeat(once, 2))
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_a_balanced_epoch_is_balanced_with_repeats_and_shows_no_sample_twice_alike(repeats):
+    labels = np.repeat([0, 1, 2, 3], [50, 40, 8, 2])
+    order = pickle.loads(pickle.dumps(BalancedOrder(labels, seed=1, repeats=repeats)))
+    for epoch in range(3):
+        views, samples = order.batch(epoch, 100)
+        counts = np.bincount(labels[samples], minlength=4)
+        assert abs(counts - 25).max() <= repeats and counts.sum() == 100
+        assert len(set(zip(views.tolist(), samples.tolist(), strict=True))) == 100
+        assert len(np.unique(samples[: 99 // repeats * repeats].reshape(-1, repeats), axis=1)[0]) == 1
+    assert (views % 2**32 == 2).all()  # the epoch, where a sample has not been before: as without repeats
 
 
 def test_a_subset_has_of_each_class_its_share_and_grows():
     labels = np.repeat([5, 7, 9, 11], [100, 50, 3, 1])
-    masks = [stratified_subset(labels, count, seed=1) for count in range(len(labels) + 1)]
+    masks = [stratified_subset(labels, count, 1, has_each=True) for count in range(len(labels) + 1)]
     assert [mask.sum() for mask in masks] == list(range(len(labels) + 1))
     assert all((larger >= smaller).all() for smaller, larger in itertools.pairwise(masks))
     assert all(set(labels[mask]) == {5, 7, 9, 11} for mask in masks[4:])
     for count in range(8, len(labels)):
         for label, size in ((5, 100), (7, 50)):
             assert abs((labels[masks[count]] == label).sum() - count * size / len(labels)) <= 2
-    assert not np.array_equal(masks[60], stratified_subset(labels, 60, seed=2))
+    assert not np.array_equal(masks[60], stratified_subset(labels, 60, 2, has_each=True))
+    shares = [stratified_subset(labels, count, 1, has_each=False) for count in range(len(labels) + 1)]
+    assert all((larger >= smaller).all() for smaller, larger in itertools.pairwise(shares))
+    for count, mask in enumerate(shares):
+        assert mask.sum() == count
+        for label, size in ((5, 100), (7, 50), (9, 3), (11, 1)):
+            assert abs((labels[mask] == label).sum() - count * size / len(labels)) < 2
 
 
 def test_resident_epochs_differ_from_each_other_and_between_seeds():

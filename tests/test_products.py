@@ -200,7 +200,7 @@ def test_onednn_multiplies_dense_float32_on_a_cpu_and_nothing_else(library, monk
 
 
 @pytest.mark.parametrize("name", ["fc1", "fc2"])
-def test_a_weight_of_another_kind_is_multiplied_as_it_wants(name):
+def test_a_weight_of_another_kind_is_multiplied_as_it_wants(name, library):
     found = []
     for kind in (torch.Tensor, Quantized):
         mlp = build().train().vit.layers[0].mlp
@@ -209,7 +209,7 @@ def test_a_weight_of_another_kind_is_multiplied_as_it_wants(name):
         del module.weight
         module.weight = weight.as_subclass(kind)
         assert type(module.weight) is kind
-        assert is_anew(mlp) is (module is not mlp.fc2 or kind is torch.Tensor)
+        assert is_anew(mlp) is (library == "oneDNN" and (module is not mlp.fc2 or kind is torch.Tensor))
         found.append(mlp(torch.linspace(-1, 1, 64).view(1, 2, 32)).detach())
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 

@@ -298,6 +298,14 @@ def test_card_names_the_data_only_where_it_is_on_the_hub(
     assert metadata_load(write_model_card(run_dir)).get("datasets") == ([hub_id] if hub_id else None)
 
 
+def test_a_binary_training_loss_is_told_from_the_validation_loss(tmp_path: Path):
+    rows = [*training_rows(), *evaluation_rows([1.0, 0.5], [0.5, 0.9])]
+    for recipe, is_binary in ((A_RECIPE, False), ({**A_RECIPE, "bce_loss": True}, True)):
+        run_dir = write_run(tmp_path / str(is_binary), a_results(), rows, recipe)
+        found = write_report(run_dir).read_text(encoding="utf-8").count("</i>training (binary)<")
+        assert found == (1 if is_binary else 0)  # beside the loss, not beside the accuracy
+
+
 def test_card_of_a_fine_tuned_model_names_its_base(tmp_path: Path):
     run_dir = write_run(tmp_path / "run", a_results(), [], {**A_RECIPE, "model_name_or_path": "google/vit-base"})
     path = write_model_card(run_dir)

@@ -24,6 +24,9 @@ EVERYTHING = [
 ]  # fmt: skip
 
 
+AFFINE = ("rotation_degrees", "translate_pixels", "scale_range")  # of the recipe digits
+
+
 class Killed(Exception):
     pass
 
@@ -212,6 +215,11 @@ def test_what_a_tracker_says_against_starting_is_one_line(tmp_path, monkeypatch)
         (["--bce_target_thresh", "0", "--bce_loss", "true"], "it goes with --bce_loss and --mixup_alpha or"),
         (["--bce_target_thresh", "0", "--mixup_alpha", "1"], "it goes with --bce_loss and --mixup_alpha or"),
         (["--aug_repeats", "3", "--streaming", "true"], "a stream shows each image once an epoch"),
+        (["--aug_repeats", "64", "--train_batch_size", "64"], "leaves a batch of 64 with a single image"),
+        (
+            ["--aug_repeats", "3", *(word for name in AFFINE for word in (f"--{name}", "0"))],
+            "--aug_repeats has no effect here: nothing is drawn for an image",
+        ),
         (["--max_eval_samples", "9", "--train_val_split", "0"], "there is no validation split"),
         (["--model_revision", "v2"], "it goes with --model_name_or_path and the name of a repository on the Hub"),
         (["--momentum", "0.8"], "it goes with --optim sgd or muon"),

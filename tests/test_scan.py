@@ -186,7 +186,7 @@ def test_skipping_is_as_if_the_files_were_not_there(image_folder, tmp_path, caps
         validation = broken(image_folder("photos/validation", seed=9, cat=4, dog=4), "cat/1.png")
         paths.insert(2, validation / "cat/1.png")
         arguments += ["--validation_dir", validation]
-    common = [*FOLDER, *arguments]
+    common = [*FOLDER, *arguments, "--max_train_samples", 15, "--max_eval_samples", 2]
     if own_validation:
         common[common.index("--train_val_split") : common.index("--train_val_split") + 2] = []
     skipped = run(tmp_path / "skipped", *common, "--bad_images", "skip")
@@ -200,6 +200,10 @@ def test_skipping_is_as_if_the_files_were_not_there(image_folder, tmp_path, caps
     assert equal(weights(tmp_path / "skipped"), weights(tmp_path / "removed"))
     assert metrics(tmp_path / "skipped") == metrics(tmp_path / "removed")
     assert skipped["dataset"]["splits"] == removed["dataset"]["splits"]
+    assert {name: skipped["dataset"]["splits"][name] for name in ("train", "validation")} == {
+        "train": 15,
+        "validation": 2,
+    }
     assert loop.final_scores(skipped) == loop.final_scores(removed)
     expected = {"train": 2, **({"validation": 1} if own_validation else {}), "test": 1}
     assert skipped["bad_images"] == expected and "bad_images" not in removed

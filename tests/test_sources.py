@@ -83,6 +83,12 @@ def test_each_class_has_its_share_of_a_limited_split(image_folder, parquet_repo)
     assert len(open_source("digits", streaming=True, max_train_samples=50).splits["train"]) == 50
 
 
+def test_a_limit_that_leaves_classes_out_is_told(parquet_repo):
+    source = open_source(str(parquet_repo(train=[90])), train_val_split=0, max_train_samples=2)
+    assert sorted(class_counts(source, "train")) == [0, 1, 1]
+    assert source.notes == ["1 of the 3 classes have no training image left."]
+
+
 def test_a_limit_that_leaves_nothing_out_is_refused(parquet_repo):
     root = parquet_repo(train=[20], validation=[8])
     with pytest.raises(UserError, match="--max_eval_samples 8 has no effect here: the validation split has 8 images"):

@@ -233,6 +233,25 @@ def test_another_sweep_in_the_folder_is_refused_until_told_to_start_afresh(train
     assert again.names == ["learning_rate-0.1", "learning_rate-0.2"]
 
 
+def test_a_sweep_from_before_there_was_a_flag_goes_on_without_it(trained, tmp_path):
+    trained()
+    sweep(plan(tmp_path / "s", "--grid", "learning_rate=0.1,0.2"))
+    record = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    del record["flags"]["color_jitter"]
+    (tmp_path / "s" / "sweep.json").write_text(json.dumps(record))
+    again = trained()
+    sweep(plan(tmp_path / "s", "--grid", "learning_rate=0.1,0.2"))
+    assert again.names == []
+    with pytest.raises(UserError, match=r"another sweep \(color_jitter: 0.0 -> 0.3\)"):
+        sweep(plan(tmp_path / "s", "--grid", "learning_rate=0.1,0.2", "--color_jitter", "0.3"))
+
+
+def test_all_images_are_a_value_of_a_sweep_over_their_number(tmp_path):
+    made = plan(tmp_path / "s", "--grid", "max_train_samples=250,none")
+    assert [run.recipe.max_train_samples for run in made.runs] == [250, None]
+    assert [run.name for run in made.runs] == ["max_train_samples-250", "max_train_samples-none"]
+
+
 def test_a_folder_of_other_files_is_left_alone(trained, tmp_path):
     trained()
     (tmp_path / "thesis.txt").write_text("years of work")

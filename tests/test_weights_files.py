@@ -253,7 +253,7 @@ def test_repositories_of_transformers_and_timm_load_by_name_and_pickles_are_refu
     assert lines[6] == "me/bare: the Hub has no model.safetensors of it."
     assert lines[7] == "transformers (0.5,)"
     assert lines[8].startswith("timm (0.1")
-    assert lines[9].startswith("me/hf: the Hub does not give it: ")
+    assert lines[9] == "me/hf has no branch, tag or commit 'nowhere' on the Hub."
     assert not fetched
 
 

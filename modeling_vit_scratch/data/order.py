@@ -1,8 +1,8 @@
 """Which sample when, as pure arithmetic of (seed, purpose, epoch, step): nothing here reads a clock or a global state.
 
 A run is one endless row of samples: sample s of the run belongs to epoch s // N and is position s % N of that epoch;
-step b with global batch B takes samples b*B to b*B + B - 1. So an epoch shows each sample exactly once whatever B is,
-every batch is full, and the position of a run is its step.
+step b with global batch B takes samples b*B to b*B + B - 1. So an epoch shows each sample exactly once whatever B is
+(but where samples are repeated on purpose), every batch is full, and the position of a run is its step.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ def stratified_holdout(labels: np.ndarray, rate: float, seed: int) -> np.ndarray
     return mask
 
 
-def stratified_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """A mask (N,) that is True for `count` samples: one of each class first, then of each its share.
+def stratified_subset(labels: np.ndarray, count: int, seed: int, has_each: bool) -> np.ndarray:
+    """A mask (N,) that is True for `count` samples: of each class its share, with `has_each` one of each before.
 
     A larger count keeps those of a smaller one.
     """
@@ -45,7 +45,8 @@ def stratified_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     for index, label in enumerate(classes):
         rows = np.flatnonzero(labels == label)
         shares = (np.arange(len(rows)) + (index + 1) / (len(classes) + 1)) / len(rows)
-        shares[0] = index / len(classes) - 1  # before all that are not the first of their class
+        if has_each:
+            shares[0] = index / len(classes) - 1  # before all that are not the first of their class
         places[derived_rng(seed, "subset", int(label)).permutation(rows)] = shares
     mask = np.zeros(len(labels), dtype=bool)
     mask[np.argsort(places, kind="stable")[:count]] = True
@@ -71,19 +72,24 @@ def row_hashes(seed: int, purpose: str, shard: int, num_rows: int) -> np.ndarray
 # ---------------------------------------------------------------- resident sets
 
 
+EPOCHS = 2**32  # more than a run has: views of a sample that comes again in an epoch are counted in steps of it
+
+
 class ResidentOrder:
     """The order of a set in memory: each epoch a fresh permutation of all samples, the same for any number of ranks.
 
-    repeats: how often a sample stands in a row (repeated augmentation, 1901.09335). An epoch then has as many positions
-    as without, for the first of its permutation alone.
+    repeats: how often a sample stands in a row: repeated augmentation within a batch (1901.09335; as DeiT's sampler,
+    1902.05509). An epoch then has as many positions as without, for the first N / repeats of its permutation.
     """
 
     def __init__(self, num_samples: int, seed: int, repeats: int = 1):
         self.num_samples, self.seed, self.repeats = num_samples, seed, repeats
-        self._permutation = lru_cache(maxsize=2)(self._permute)  # a batch touches at most two epochs at a time
+        self._places = lru_cache(maxsize=2)(self._lay_out)  # a batch touches at most two epochs at a time
 
-    def _permute(self, epoch: int) -> np.ndarray:
-        return derived_rng(self.seed, "order", epoch).permutation(self.num_samples)
+    def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(samples, how often each stood before in this epoch), in the epoch's order, each to be repeated."""
+        samples = derived_rng(self.seed, "order", epoch).permutation(self.num_samples)
+        return samples, np.zeros_like(samples)
 
     def __getstate__(self):
         return {"num_samples": self.num_samples, "seed": self.seed, "repeats": self.repeats}
@@ -92,15 +98,16 @@ class ResidentOrder:
         self.__init__(**state)
 
     def batch(self, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(views, samples) of the global batch of this step, both (batch_size,): a view is the epoch, counted on where
-        a sample is repeated, so that no sample has one twice."""
+        """(views, samples) of the global batch of this step, both (batch_size,): a view is the epoch, and another
+        number where a sample comes again in it, so that no sample has the same one twice."""
         positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.num_samples)
         places, copies = np.divmod(offsets, self.repeats)
-        samples = np.empty(batch_size, dtype=np.int64)
+        samples, times = np.empty((2, batch_size), dtype=np.int64)
         for epoch in np.unique(epochs):
-            samples[epochs == epoch] = self._permutation(int(epoch))[places[epochs == epoch]]
-        return epochs * self.repeats + copies, samples
+            here = epochs == epoch
+            samples[here], times[here] = (column[places[here]] for column in self._places(int(epoch)))
+        return epochs + (times * self.repeats + copies) * EPOCHS, samples
 
     @staticmethod
     def local_positions(batch_size: int, rank: int, world_size: int) -> np.ndarray:
@@ -108,10 +115,20 @@ class ResidentOrder:
         return np.arange(rank, batch_size, world_size)
 
 
+def _times_before(samples: np.ndarray) -> np.ndarray:
+    """How often each number stood before in the row."""
+    order = np.argsort(samples, kind="stable")
+    numbers = samples[order]
+    times = np.empty_like(samples)
+    times[order] = np.arange(len(samples)) - np.searchsorted(numbers, numbers)
+    return times
+
+
 class BalancedOrder(ResidentOrder):
     """The order of a set in memory in which every class comes equally often, its images as evenly as that allows.
 
-    An epoch has as many positions as there are samples, N / K for each of the K classes that are there. A class fills
+    An epoch has as many positions as there are samples, N / K for each of the K classes that are there (with repeats
+    but for one sample's). A class fills
     its share from fresh permutations of its own samples: a small class repeats them, a large one leaves some out until
     another epoch. labels: the class of each sample (N,).
     """
@@ -120,15 +137,17 @@ class BalancedOrder(ResidentOrder):
         super().__init__(len(labels), seed, repeats)
         self.labels = np.asarray(labels)
 
-    def _permute(self, epoch: int) -> np.ndarray:
+    def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         rng = derived_rng(self.seed, "balanced order", epoch)
+        num_places = -(-self.num_samples // self.repeats)
         classes = rng.permutation(np.unique(self.labels))  # the first ones get what does not divide
         drawn = []
         for index, label in enumerate(classes):
             own = np.flatnonzero(self.labels == label)
-            count = self.num_samples // len(classes) + int(index < self.num_samples % len(classes))
+            count = num_places // len(classes) + int(index < num_places % len(classes))
             drawn.append(np.concatenate([rng.permutation(own) for _ in range(-(-count // len(own)))])[:count])
-        return rng.permutation(np.concatenate(drawn))
+        samples = rng.permutation(np.concatenate(drawn))
+        return samples, _times_before(samples)
 
     def __getstate__(self):
         return {"labels": self.labels, "seed": self.seed, "repeats": self.repeats}

@@ -175,8 +175,9 @@ def hold_out(source: Source, rate: float, seed: int):
 def limit_samples(source: Source, max_train_samples: int | None, max_eval_samples: int | None, seed: int):
     """Leaves in the training and the validation split no more samples than these; None: all of them.
 
-    Where labels are known beforehand, of each class its share; else, in streams and where images have several classes,
-    each sample is as likely. A larger number keeps the samples of a smaller one, and validation's depend on none.
+    Where labels are known beforehand, of each class its share, in training at least one image; else, in streams and
+    where images have several classes, each sample is as likely. A larger number keeps the samples of a smaller one; the
+    validation split does not depend on max_train_samples.
 
     Raises UserError where a split has no more samples than that.
     """
@@ -187,12 +188,18 @@ def limit_samples(source: Source, max_train_samples: int | None, max_eval_sample
         split = source.splits[name]
         if count >= len(split):
             raise UserError(f"--{flag} {count} has no effect here: the {name} split has {len(split):,} images.")
-        if source.is_multi_label or (source.streaming and not isinstance(split.examples, FolderExamples)):
+        if source.streaming and not isinstance(split.examples, FolderExamples):
             mask: Callable[[int], np.ndarray] = _smallest_hashes(split, count, seed)
-        else:  # one shard
+        elif source.is_multi_label:  # one shard, as below
+            mask = _FixedMask(_smallest_hashes(split, count, seed)(0))
+        else:
+            label_ids = source.label_ids_of(name)
+            chosen = stratified_subset(label_ids, count, seed, has_each=name == "train")
             kept = np.zeros(split.examples.shard_sizes[0], dtype=bool)
-            kept[split.rows(0)[stratified_subset(source.label_ids_of(name), count, seed)]] = True
+            kept[split.rows(0)[chosen]] = True
             mask = _FixedMask(kept)
+            if name == "train" and count < (num_classes := len(np.unique(label_ids))):
+                source.notes.append(f"{num_classes - count} of the {num_classes} classes have no training image left.")
         source.splits[name] = Split(split.examples, mask)
 
 

@@ -164,8 +164,9 @@ def introduction(run: RunRecord) -> str:
     """What the model is and which classes it knows."""
     names = run.class_names
     size = f" with {run.results['num_parameters']:,} parameters" if run.results.get("num_parameters") else ""
-    start = run.recipe.get("model_name_or_path")
-    origin = f", fine-tuned from {markdown(public_word(start))}," if start else ""
+    start, revision = (run.recipe.get(name) for name in ("model_name_or_path", "model_revision"))
+    at = f" at {markdown(revision)}" if revision else ""
+    origin = f", fine-tuned from {markdown(public_word(start))}{at}," if start else ""
     sentence = f"A plain Vision Transformer (`vit_scratch`){size}{origin} that sorts images into {len(names)} classes"
     if len(names) <= MOST_CLASSES_NAMED:
         return f"{sentence}: {', '.join(map(markdown, names))}."

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from .record import RunRecord, judged_split, read_run, series
+from .record import RunRecord, judged_split, read_run, series, training_label
 
 MOST_CLASSES_DRAWN = 50
 MOST_CLASSES_COUNTED = 16  # up to here the cells have room for their counts
@@ -68,7 +68,7 @@ def png_bytes(figure: Figure) -> bytes:
 
 
 def draw_loss(axes: Axes, run: RunRecord, theme: Theme):
-    draw_series(axes, *series(run.training, "loss"), theme.training, "training")
+    draw_series(axes, *series(run.training, "loss"), theme.training, training_label(run, "loss"))
     draw_evaluations(axes, *series(run.evaluations, "eval_loss"), theme.evaluation, "validation")
     axes.legend(frameon=False, labelcolor=theme.text, fontsize=9)
 

@@ -103,6 +103,11 @@ def series(rows: list[Row], key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
+def training_label(run: RunRecord, key: str) -> str:
+    """What the curve of training is called beside validation's, which is of another loss where training's is binary."""
+    return "training (binary)" if key == "loss" and run.recipe.get("bce_loss") else "training"
+
+
 # ---------------------------------------------------------------- facts
 
 

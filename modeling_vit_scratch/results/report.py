@@ -117,6 +117,8 @@ def lead(run: RunRecord) -> str:
     sentence += f" on {dataset_label(run)}"
     if run.recipe.get("model_name_or_path"):
         sentence += f", starting from {run.recipe['model_name_or_path']}"
+    if run.recipe.get("model_revision"):
+        sentence += f" at {run.recipe['model_revision']}"
     if results.get("num_parameters"):
         sentence += f", {results['num_parameters']:,} parameters"
     if results.get("steps"):

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
 from .plots import MOST_CLASSES_COUNTED, MOST_POINTS_UNSMOOTHED, PANELS, running_mean
-from .record import RunRecord, series
+from .record import RunRecord, series, training_label
 from .report_html import text
 
 WIDTH, HEIGHT = 360, 220
@@ -93,7 +93,7 @@ class Scale:
 def panel_chart(run: RunRecord, key: str) -> str:
     """One panel of the run's log as a figure; its numbers are those of metrics.jsonl."""
     title, axis = PANELS[key][0], AXES[key]
-    curves = training_curves(*series(run.training, key), axis.is_noisy)
+    curves = training_curves(training_label(run, key), *series(run.training, key), axis.is_noisy)
     if axis.evaluation is not None:
         steps, values = series(run.evaluations, axis.evaluation)
         curves.append(Curve("validation", "second", steps, values, len(steps) <= MOST_DOTS))
@@ -107,14 +107,14 @@ def panel_chart(run: RunRecord, key: str) -> str:
     return f"<figure><h3>{title}</h3>{key_line}{svg(WIDTH, HEIGHT, label, curve_shapes(curves, axis, key))}</figure>"
 
 
-def training_curves(steps: list[int], values: list[float], is_noisy: bool) -> list[Curve]:
+def training_curves(label: str, steps: list[int], values: list[float], is_noisy: bool) -> list[Curve]:
     """The curve as it is; where points are many and noisy, faint, with its running mean on top."""
     if len(steps) <= MOST_POINTS_UNSMOOTHED or not is_noisy:
-        return [Curve("training", "first", *thinned(steps, values), len(steps) == 1)]
+        return [Curve(label, "first", *thinned(steps, values), len(steps) == 1)]
     mean = running_mean(values, len(values) // 50).tolist()
     return [
-        Curve("training", "faint first", *thinned(steps, values)),
-        Curve("training", "first", *thinned(steps, mean)),
+        Curve(label, "faint first", *thinned(steps, values)),
+        Curve(label, "first", *thinned(steps, mean)),
     ]
 
 

@@ -7,7 +7,7 @@ from ..data.decoding import Decoder
 from ..data.loading import is_resident
 from ..data.splits import Source
 from ..errors import UserError
-from .features import can_cache_features
+from .features import can_cache_features, drawn_of_images
 from .recipes import Recipe
 from .time_budget import seconds_of
 
@@ -92,10 +92,6 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
         lambda r: not r.bce_loss or r.mixup_alpha == 0 == r.cutmix_alpha,
         "it goes with --bce_loss and --mixup_alpha or --cutmix_alpha",
     ),
-    "aug_repeats": (
-        lambda r: r.aug_repeats > 1 and r.streaming,
-        "a stream shows each image once an epoch, as its shards come",
-    ),
     "full_size_step": (lambda r: r.initial_image_size is None, "it goes with --initial_image_size"),
 }
 
@@ -124,6 +120,14 @@ IDLE_ON_SOURCE: dict[str, tuple[Callable[[Source, Decoder], bool], str]] = {
 }  # fmt: skip
 
 
+def _repeats_nothing(recipe: Recipe) -> bool:
+    return (
+        recipe.aug_repeats > 1
+        and (recipe.horizontal_flip_prob == 0 or recipe.finetune == "head")
+        and not any(drawn_of_images(recipe))
+    )
+
+
 def _has_no_table(recipe: Recipe) -> bool:
     return recipe.train_dir is not None or recipe.dataset_name == "digits"
 
@@ -139,6 +143,17 @@ def check_recipe(recipe: Recipe, chosen: frozenset[str]):
         raise UserError("Say how long to train: --max_steps, --num_train_epochs or --time_budget.")
     if recipe.time_budget is not None:
         seconds_of(recipe.time_budget)
+    if recipe.aug_repeats > 1 and recipe.streaming:
+        raise UserError(
+            "--aug_repeats has no effect here: a stream shows each image once an epoch, as its shards come."
+        )
+    if _repeats_nothing(recipe):
+        raise UserError("--aug_repeats has no effect here: nothing is drawn for an image, its copies would be alike.")
+    if 2 * recipe.aug_repeats > max(recipe.train_batch_size, 2):
+        raise UserError(
+            f"--aug_repeats {recipe.aug_repeats} leaves a batch of {recipe.train_batch_size} with a single image: give "
+            "half of --train_batch_size at most."
+        )
     ratio = recipe.random_resized_crop_ratio
     if len(ratio) != 2 or ratio[0] > ratio[1]:
         raise UserError(

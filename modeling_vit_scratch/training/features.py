@@ -7,7 +7,7 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -70,13 +70,18 @@ class FeatureData:
     pixels: tuple[torch.Tensor, torch.Tensor]
 
 
-def can_cache_features(recipe: Recipe, num_samples: int, hidden_size: int) -> bool:
-    """Whether the backbone sees no more than two views of each training image, and their features fit into memory."""
-    drawn = (
+def drawn_of_images(recipe: Recipe) -> tuple[Any, ...]:
+    """What is drawn for each training image besides mirroring; nothing of it is switched on where all are false."""
+    return (
         recipe.crop_padding, recipe.random_resized_crop_scale, recipe.rotation_degrees, recipe.translate_pixels,
         recipe.scale_range, recipe.auto_augment, recipe.random_erasing_prob, recipe.mixup_alpha, recipe.cutmix_alpha,
         recipe.vertical_flip_prob, recipe.color_jitter,
     )  # fmt: skip
+
+
+def can_cache_features(recipe: Recipe, num_samples: int, hidden_size: int) -> bool:
+    """Whether the backbone sees no more than two views of each training image, and their features fit into memory."""
+    drawn = drawn_of_images(recipe)
     num_bytes = num_samples * (1 + (recipe.horizontal_flip_prob > 0)) * hidden_size * 4
     return recipe.finetune == "head" and not recipe.streaming and not any(drawn) and num_bytes <= RESIDENT_BYTES
 
@@ -193,14 +198,15 @@ def fit_ridge(
     labels: torch.Tensor,
     num_labels: int,
     penalties: Sequence[float] = PENALTIES,
+    is_binary: bool = False,
 ) -> Ridge:
     """Least squares from features (N, D) to one-hot labels (N,), or to rows of 0 and 1 (N, K), in float64 on the CPU.
 
     Features are standardised, the intercept is not penalised. The penalty is the one with the least squared error where
     each image is answered by a fit to all others, which the eigenvalues of the Gram matrix give without fitting again
     (Golub, Heath and Wahba 1979). The answers to left-out images also give the scale: as logits times it they have the
-    least cross-entropy, so that training by cross-entropy may start from here.
-    Raises UserError for fewer than two images.
+    least cross-entropy, so that training by cross-entropy may start from here: softmax's, or with several labels an
+    image or `is_binary` the sigmoids'. Raises UserError for fewer than two images.
     """
     num_images, is_multi_label = len(features), labels.ndim == 2
     if num_images < 2:
@@ -224,36 +230,40 @@ def fit_ridge(
 
     errors = {penalty: left_out_errors(index).square().mean().item() for index, penalty in enumerate(penalties)}
     best = min(range(len(penalties)), key=lambda index: errors[penalties[index]])
-    middle = 0.5 if is_multi_label else 0.0  # the answer whose logit is 0; softmax does not ask for one
+    is_binary |= is_multi_label
+    middle = 0.5 if is_binary else 0.0  # the answer whose logit is 0; softmax does not ask for one
     answers = targets - left_out_errors(best) - middle
-    scale = _fit_scale(answers, targets, is_multi_label)
+    scale = _fit_scale(answers, targets, is_binary)
     is_right = ((answers > 0) == targets.bool()).all(dim=1) if is_multi_label else answers.argmax(dim=1) == labels
     weight = scale * (vectors @ (projected / shrunk[:, best, None]) / std[:, None]).T  # (K, D)
     bias = scale * (target_mean - middle) - weight @ mean
     return Ridge(weight, bias, penalties[best], scale, errors, is_right.double().mean().item())
 
 
-def _fit_scale(answers: torch.Tensor, targets: torch.Tensor, is_multi_label: bool) -> float:
+def _fit_scale(answers: torch.Tensor, targets: torch.Tensor, is_binary: bool) -> float:
     """The factor of (N, K) answers with the least cross-entropy, up to LARGEST_SCALE, by bisection of its slope."""
     low, high = 0.0, LARGEST_SCALE
     for _ in range(40):
         logits = (low + high) / 2 * answers
-        probabilities = logits.sigmoid() if is_multi_label else logits.softmax(dim=1)
+        probabilities = logits.sigmoid() if is_binary else logits.softmax(dim=1)
         slope = ((probabilities - targets) * answers).sum()  # rises with the factor: the loss is convex in it
         low, high = ((low + high) / 2, high) if slope < 0 else (low, (low + high) / 2)
     return low
 
 
 @torch.no_grad()
-def start_from_ridge(model: ViTScratchForImageClassification, training: TrainingData) -> Ridge | None:
+def start_from_ridge(
+    model: ViTScratchForImageClassification, training: TrainingData, is_binary: bool = False
+) -> Ridge | None:
     """The ridge regression on the cached training features as they are not mirrored, which the classifier then holds.
 
-    None for a classifier that is more than one matrix, which stays as it is.
+    is_binary: binary cross-entropy follows. None for a classifier that is more than one matrix, which stays as it is.
     """
     classifier = model.classifier
     if not isinstance(classifier, nn.Linear):
         return None
-    ridge = fit_ridge(training.resident.images[:, 0], training.resident.labels, model.num_labels)
+    features, labels = training.resident.images[:, 0], training.resident.labels
+    ridge = fit_ridge(features, labels, model.num_labels, is_binary=is_binary)
     classifier.weight.copy_(ridge.weight)
     classifier.bias.copy_(ridge.bias)
     return ridge

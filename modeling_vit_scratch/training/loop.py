@@ -111,6 +111,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     if recipe.streaming and world_size > recipe.stream_lanes:
         lanes = 2 * world_size
         raise UserError(f"{world_size} processes share {recipe.stream_lanes} lanes: set --stream_lanes {lanes}.")
+    if recipe.streaming and world_size > num_samples:
+        raise UserError(f"{world_size} processes cannot share a stream of {num_samples} images.")
     effects.check_source(recipe, chosen, source, decoder)
     resolution = resolution_of(recipe, chosen, model.config, num_samples)
 
@@ -152,7 +154,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     def scored(network: ViTScratchForImageClassification, split: str) -> Evaluation:
         return evaluate(trained_part(network), held[split], pixels, accelerator, objective, model.dtype)
 
-    if trained_part is HeadOnFeatures and (ridge := start_from_ridge(model, data)) is not None:
+    if trained_part is HeadOnFeatures and (ridge := start_from_ridge(model, data, recipe.bce_loss)) is not None:
         baseline = {"ridge_penalty": ridge.penalty, "left_out_accuracy": ridge.accuracy}
         text = f"ridge on the frozen features: accuracy {ridge.accuracy:.4f} leaving out each training image in turn"
         if "validation" in held:

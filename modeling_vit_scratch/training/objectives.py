@@ -23,7 +23,8 @@ class SingleLabel:
     """One class an image: softmax cross-entropy. Targets: class ids (B,), or probabilities (B, K) of mixed images.
 
     is_binary: training lowers binary cross-entropy instead, a mean over the classes, as DeiT III's does (2204.07118).
-    target_threshold: a class whose share of a mixed image is above it counts as wholly there; None: as its share says.
+    target_threshold: a class whose share of a mixed image is above it counts as wholly there, before smoothing (timm
+    smooths before, which no threshold of 0 would survive); None: as its share says.
     """
 
     num_labels: int

@@ -45,14 +45,14 @@ class Recipe:
         at_least=0, below=1,
     )  # fmt: skip
     max_train_samples: int | None = flag(
-        None, DATA, "train on this many images alone, of each class its share; more of them hold the fewer", at_least=1
-    )
-    max_eval_samples: int | None = flag(
-        None,
-        DATA,
-        "validate on this many images alone, of each class its share; the test split stays whole",
+        None, DATA, "train on this many images alone, of each class its share, one at least (in a stream, and with "
+        "several labels an image: any); a larger number keeps those of a smaller one",
         at_least=1,
-    )
+    )  # fmt: skip
+    max_eval_samples: int | None = flag(
+        None, DATA, "validate on this many images alone, of each class its share; the test split stays whole",
+        at_least=1,
+    )  # fmt: skip
     bad_images: str = flag(
         "error", DATA, "images that cannot be read: stop at the first, or look at every image before training and "
         "leave them out",
@@ -159,7 +159,7 @@ class Recipe:
     )  # fmt: skip
     bce_target_thresh: float | None = flag(
         None, OPTIMIZATION, "with bce_loss, classes of a mixed image whose share is above this count as wholly there "
-        "(0 in DeiT III)",
+        "(0 in DeiT III), before labels are smoothed",
         at_least=0, below=1,
     )  # fmt: skip
     class_weights: str | None = flag(
@@ -173,7 +173,7 @@ class Recipe:
 
     # --- augmentation
     horizontal_flip_prob: float = flag(0.0, AUGMENTATION, "share of images mirrored", at_least=0, at_most=1)
-    vertical_flip_prob: float = flag(0.0, AUGMENTATION, "share of images turned upside down", at_least=0, at_most=1)
+    vertical_flip_prob: float = flag(0.0, AUGMENTATION, "share of images mirrored top to bottom", at_least=0, at_most=1)
     crop_padding: int = flag(0, AUGMENTATION, "pixels of black around an image before a random crop", at_least=0)
     random_resized_crop_scale: float | None = flag(
         None,
@@ -211,7 +211,7 @@ class Recipe:
         None, AUGMENTATION, "from this step on nothing is mixed; under 1: a share of all steps", above=0
     )
     aug_repeats: int = flag(
-        1, AUGMENTATION, "how often an image stands in a batch, augmented anew each time; an epoch shows fewer images",
+        1, AUGMENTATION, "how often an image stands in a row, augmented anew each time; an epoch shows fewer images",
         at_least=1,
     )  # fmt: skip
     initial_image_size: int | None = flag(

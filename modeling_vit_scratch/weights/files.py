@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -185,6 +186,8 @@ def _fetched(name: str, file_name: str, hub: dict[str, Any], optional: bool = Fa
         if optional:
             return None
         raise UserError(f"{name}: not here, and the Hub has no {file_name} of it.") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{name} has no branch, tag or commit {hub.get('revision')!r} on the Hub.") from error
     except (HfHubHTTPError, OSError) as error:
         raise UserError(f"{name}: the Hub does not give it: {error}") from error
 

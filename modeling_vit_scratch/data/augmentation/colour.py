@@ -1,6 +1,6 @@
 """Operations on the values of pixels: uint8 batches in and out, one factor a sample.
 
-Each equals torchvision.transforms.v2.functional's operation of the same kind, image by image, to the last bit: where
+Each but the blur equals torchvision.transforms.v2.functional's of the same kind, image by image, to the last bit: where
 torchvision rounds, ours rounds, and where it cuts off, ours does. Its operations take one factor a call; ours one a
 sample, float64 on the CPU. Where theirs have no factor, theirs are called. Any number of channels works: channels are
 treated alike, and only three of them are colours, with a grey of 0.2989 R + 0.587 G + 0.114 B.
@@ -88,8 +88,8 @@ def sharpness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 def gaussian_blur(images: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
     """Each image under a Gaussian of its own standard deviation, in pixels above 0; sides are mirrored.
 
-    The kernel reaches three times the largest of LARGEST_SIGMA, or to the image's far side. One axis after the other:
-    torchvision multiplies by both at once, and a pixel in some thousands comes out one apart.
+    The kernel reaches three times LARGEST_SIGMA, or to the image's far side. One axis after the other: torchvision
+    multiplies by both at once, and a pixel in some thousands comes out one apart.
     """
     radius = min(math.ceil(3 * LARGEST_SIGMA), *(side - 1 for side in images.shape[-2:]))
     distances = torch.arange(radius + 1, dtype=torch.float64)
