@@ -4,7 +4,7 @@ python benchmarks/train_step.py --shapes nano,micro,d192,vit_ti_16,vit_s_16 --ro
     --output benchmarks/results/train-step-cpu.json
 python benchmarks/train_step.py --shapes nano,micro,d192,vit_ti_16,vit_s_16 --rounds 11
     --output benchmarks/results/train-step-amx-cpu.json                                   on a processor with AMX
-python benchmarks/train_step.py --precisions no --rounds 11
+python benchmarks/train_step.py --precisions no --shapes micro,d192,vit_ti_16 --rounds 15
     --output benchmarks/results/train-step-avx2-cpu.json                                  without units for bf16
 python benchmarks/end_to_end.py datasets/cifar10 --output benchmarks/results/end-to-end-cpu.json
 python benchmarks/attention.py --output benchmarks/results/attention-cpu.json
