@@ -35,6 +35,17 @@ def test_each_image_is_a_panel_with_its_caption():
     assert figure.get_suptitle() == "a title with a $"
 
 
+@pytest.mark.parametrize("num_columns", [1, 6, 8])
+def test_a_long_title_keeps_within_the_picture_and_above_the_images(num_columns):
+    title = "train: policy three_augment, random resized crop from 0.25, flip 0.5, vertical flip 0.5, colour jitter 0.3"
+    figure = grid_figure(title, rows_of(2, num_columns), LIGHT)
+    figure.draw_without_rendering()
+    extent = figure._suptitle.get_window_extent()
+    assert figure.get_suptitle().replace("\n", " ") == title
+    assert extent.x0 >= 0 and extent.x1 <= figure.bbox.x1 and extent.y1 <= figure.bbox.y1
+    assert extent.y0 >= max(axes.bbox.y1 for axes in figure.axes)
+
+
 def test_rows_may_be_of_different_lengths():
     rows = [*rows_of(1, 2), *rows_of(2, 4)]
     assert len(grid_figure("", rows, LIGHT).axes) == 10

@@ -1,5 +1,6 @@
 """A grid of images with a caption under each: what augmentation makes of a few of them."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ Panel = tuple[np.ndarray, str]  # a uint8 image (H, W, C), (C, H, W) or (H, W), 
 PANEL_INCHES = 1.15
 LINE_INCHES = 0.13  # of a caption
 LONGEST_LINE = 16  # letters of a caption that fit under an image
+TITLE_LETTER_INCHES, TITLE_LINE_INCHES = 0.095, 0.17
 
 
 def write_augmentation_grid(path: str | Path, title: str, rows: Sequence[Sequence[Panel]]) -> Path:
@@ -34,15 +36,17 @@ def grid_figure(title: str, rows: Sequence[Sequence[Panel]], theme: Theme) -> Fi
     num_lines = max(caption_lines(caption).count("\n") + 1 for row in rows for _, caption in row)
     height, width = pixels_of(rows[0][0][0]).shape[:2]
     panel_height = PANEL_INCHES * min(max(height / width, 0.5), 2.0) + LINE_INCHES * (num_lines + 0.6)
-    top = 0.42
-    size = (max(PANEL_INCHES * num_columns * 1.08, 3.5), panel_height * len(rows) + top)
+    picture_width = max(PANEL_INCHES * num_columns * 1.08, 3.5)
+    title_lines = textwrap.wrap(title, int(picture_width / TITLE_LETTER_INCHES))
+    top = 0.25 + TITLE_LINE_INCHES * max(1, len(title_lines))
+    size = (picture_width, panel_height * len(rows) + top)
     figure = Figure(figsize=size, facecolor=theme.background)
     figure.subplots_adjust(
         left=0.01, right=0.99, top=1 - top / size[1], bottom=LINE_INCHES * (num_lines + 0.6) / size[1], wspace=0.08,
         hspace=LINE_INCHES * (num_lines + 0.8) / (panel_height - LINE_INCHES * (num_lines + 0.8)),
     )  # fmt: skip
-    figure.suptitle(title, x=0.01, y=1 - 0.08 / size[1], ha="left", va="top", fontsize=10, fontweight="bold",
-                    color=theme.text, parse_math=False)  # fmt: skip
+    figure.suptitle("\n".join(title_lines), x=0.01, y=1 - 0.08 / size[1], ha="left", va="top", fontsize=10,
+                    fontweight="bold", color=theme.text, parse_math=False)  # fmt: skip
     for place, row in enumerate(rows):
         for column, (image, caption) in enumerate(row):
             axes = figure.add_subplot(len(rows), num_columns, place * num_columns + column + 1)
