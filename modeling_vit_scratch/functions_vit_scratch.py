@@ -175,9 +175,9 @@ def computes_activation_anew(
         and dropout.p == 0.0
         and torch.is_grad_enabled()
         and states.device.type == "cpu"
+        and not torch.compiler.is_compiling()  # before the next one, which it cannot trace
         and (states.dtype in HALVES or is_faster_by_onednn())
         and states.dtype == (torch.get_autocast_dtype("cpu") if autocast else module.weight.dtype)
-        and not torch.compiler.is_compiling()
         and not _has_any_global_hook()
         and is_untouched(activation, GELUActivation)
         and activation.act is nn.functional.gelu
