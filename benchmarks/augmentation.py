@@ -85,9 +85,9 @@ def kornia_candidates() -> dict[str, Any]:
         "AutoAugment, ImageNet": auto.AutoAugment("imagenet"),
         "RandAugment (2, 9)": auto.RandAugment(n=2, m=9),
         "TrivialAugment": auto.TrivialAugment(),
-        "3-Augment": K.ImageSequential(  # a threshold of 0.5
+        "3-Augment": K.ImageSequential(
             K.RandomGrayscale(p=1.0),
-            K.RandomSolarize(thresholds=0.0, additions=0.0, p=1.0),
+            K.RandomSolarize(thresholds=0.0, additions=0.0, p=1.0),  # kornia draws around a threshold of 0.5
             K.RandomGaussianBlur((13, 13), (0.1, 2.0), p=1.0),
             random_apply=1,
         ),

@@ -128,9 +128,8 @@ class BalancedOrder(ResidentOrder):
     """The order of a set in memory in which every class comes equally often, its images as evenly as that allows.
 
     An epoch has as many positions as there are samples, N / K for each of the K classes that are there (with repeats
-    but for one sample's). A class fills
-    its share from fresh permutations of its own samples: a small class repeats them, a large one leaves some out until
-    another epoch. labels: the class of each sample (N,).
+    but for one sample's). A class fills its share from fresh permutations of its own samples: a small class repeats
+    them, a large one leaves some out until another epoch. labels: the class of each sample (N,).
     """
 
     def __init__(self, labels: np.ndarray, seed: int, repeats: int = 1):

@@ -39,6 +39,13 @@ class _FixedMask:
     def __init__(self, mask: np.ndarray):
         self.mask = mask
 
+    @classmethod
+    def of(cls, split: Split, is_chosen: np.ndarray) -> "_FixedMask":
+        """The mask of those rows of a split of one shard that `is_chosen`, a mask over the split's own rows, keeps."""
+        mask = np.zeros(split.examples.shard_sizes[0], dtype=bool)
+        mask[split.rows(0)[is_chosen]] = True
+        return cls(mask)
+
     def __call__(self, shard: int) -> np.ndarray:
         return self.mask
 
@@ -134,6 +141,11 @@ class Source:
 # ---------------------------------------------------------------- held out, left out
 
 
+def _comes_in_shards(source: Source, split: Split) -> bool:
+    """Whether labels are not known beforehand; else the split is one shard, even if it is streamed."""
+    return source.streaming and not isinstance(split.examples, FolderExamples)
+
+
 def hold_out(source: Source, rate: float, seed: int):
     """Takes a validation split out of the training split, where there is none and the rate is not 0.
 
@@ -144,8 +156,8 @@ def hold_out(source: Source, rate: float, seed: int):
     if "validation" in source.splits or rate == 0:
         return
     train = source.splits["train"]
-    examples, sizes = train.examples, list(train.examples.shard_sizes)
-    if source.streaming and not isinstance(examples, FolderExamples):
+    if _comes_in_shards(source, train):
+        sizes = list(train.examples.shard_sizes)
         masks = {
             name: _HashMask(sizes, "holdout", hash_limit(rate), seed, name == "train", train.mask_of_shard)
             for name in ("train", "validation")
@@ -160,12 +172,8 @@ def hold_out(source: Source, rate: float, seed: int):
             label_sets = label_ids[:, None].tolist()
             is_held_out = stratified_holdout(label_ids, rate, seed)
         source.notes += _too_few_notes(source.class_names, label_sets, is_held_out)
-        masks = {}
-        for name, wanted in (("train", ~is_held_out), ("validation", is_held_out)):
-            mask = np.zeros(sizes[0], dtype=bool)
-            mask[train.rows(0)[wanted]] = True
-            masks[name] = _FixedMask(mask)
-    splits = {name: Split(examples, mask) for name, mask in masks.items()}
+        masks = {"train": _FixedMask.of(train, ~is_held_out), "validation": _FixedMask.of(train, is_held_out)}
+    splits = {name: Split(train.examples, mask) for name, mask in masks.items()}
     if len(splits["validation"]) == 0:
         return  # too few images to hold any out
     source.splits.update(splits)
@@ -188,16 +196,14 @@ def limit_samples(source: Source, max_train_samples: int | None, max_eval_sample
         split = source.splits[name]
         if count >= len(split):
             raise UserError(f"--{flag} {count} has no effect here: the {name} split has {len(split):,} images.")
-        if source.streaming and not isinstance(split.examples, FolderExamples):
+        if _comes_in_shards(source, split):
             mask: Callable[[int], np.ndarray] = _smallest_hashes(split, count, seed)
         elif source.is_multi_label:  # one shard, as below
             mask = _FixedMask(_smallest_hashes(split, count, seed)(0))
         else:
             label_ids = source.label_ids_of(name)
             chosen = stratified_subset(label_ids, count, seed, has_each=name == "train")
-            kept = np.zeros(split.examples.shard_sizes[0], dtype=bool)
-            kept[split.rows(0)[chosen]] = True
-            mask = _FixedMask(kept)
+            mask = _FixedMask.of(split, chosen)
             if name == "train" and count < (num_classes := len(np.unique(label_ids))):
                 source.notes.append(f"{num_classes - count} of the {num_classes} classes have no training image left.")
         source.splits[name] = Split(split.examples, mask)

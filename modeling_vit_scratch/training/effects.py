@@ -120,12 +120,9 @@ IDLE_ON_SOURCE: dict[str, tuple[Callable[[Source, Decoder], bool], str]] = {
 }  # fmt: skip
 
 
-def _repeats_nothing(recipe: Recipe) -> bool:
-    return (
-        recipe.aug_repeats > 1
-        and (recipe.horizontal_flip_prob == 0 or recipe.finetune == "head")
-        and not any(drawn_of_images(recipe))
-    )
+def _copies_are_alike(recipe: Recipe) -> bool:
+    is_mirrored = recipe.horizontal_flip_prob > 0 and recipe.finetune != "head"
+    return recipe.aug_repeats > 1 and not is_mirrored and not any(drawn_of_images(recipe))
 
 
 def _has_no_table(recipe: Recipe) -> bool:
@@ -147,7 +144,7 @@ def check_recipe(recipe: Recipe, chosen: frozenset[str]):
         raise UserError(
             "--aug_repeats has no effect here: a stream shows each image once an epoch, as its shards come."
         )
-    if _repeats_nothing(recipe):
+    if _copies_are_alike(recipe):
         raise UserError("--aug_repeats has no effect here: nothing is drawn for an image, its copies would be alike.")
     if 2 * recipe.aug_repeats > max(recipe.train_batch_size, 2):
         raise UserError(

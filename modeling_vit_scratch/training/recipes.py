@@ -276,6 +276,12 @@ class Recipe:
 
 FIELDS: dict[str, dataclasses.Field] = {item.name: item for item in dataclasses.fields(Recipe)}
 
+
+def with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
+    """The recorded fields, and where the record is older than a field, the default, which is as if there were none."""
+    return {**Recipe().to_dict(), **recorded}
+
+
 # A resumed run may differ in these: they change what is written or how fast, not what is learned.
 MAY_CHANGE_ON_RESUME = frozenset(
     {

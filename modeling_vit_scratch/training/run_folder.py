@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UserError
 from .checkpointing import checkpoints, damage, newest_whole, remove, step_of
 from .overrides import parse_overrides
-from .recipes import COUNTED_LENGTHS, Recipe, may_change_on_resume
+from .recipes import COUNTED_LENGTHS, Recipe, may_change_on_resume, with_defaults
 
 OURS = (
     "recipe.json", "bad_images.json", "metrics.jsonl", "results.json", "report.html", "plots", "tensorboard",
@@ -92,7 +92,7 @@ def _checkpoint_to_take(folder: Path, recipe: Recipe) -> Path | None:
 
 def _refuse_another_recipe(folder: Path, old: dict[str, Any], recipe: Recipe, facts: dict[str, Any]):
     new = {**json.loads(json.dumps(recipe.to_dict())), **facts}
-    old = {**json.loads(json.dumps(Recipe().to_dict())), **old}  # a run from before there was a flag is one without it
+    old = with_defaults(old)
     if parse_overrides(old.get("config_overrides")) == parse_overrides(recipe.config_overrides):
         old = {**old, "config_overrides": recipe.config_overrides}  # the same fields, in other words
     free = may_change_on_resume(recipe) | {"num_processes"}

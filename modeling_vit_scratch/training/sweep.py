@@ -24,7 +24,7 @@ from . import loop
 from .checkpointing import checkpoints
 from .flags import exit_code
 from .machine import LONGEST_WAIT, agree, check_launch
-from .recipes import MAY_CHANGE_ON_RESUME, Recipe
+from .recipes import MAY_CHANGE_ON_RESUME, with_defaults
 from .run_folder import write_json
 from .sweep_grid import Plan, Run, parse_sweep
 
@@ -65,8 +65,7 @@ def _has_begun(plan: Plan, run: dict[str, Any]) -> bool:
 
 def _refuse_another_sweep(folder: Path, old: dict[str, Any], new: dict[str, Any]):
     def facts(record: dict[str, Any]) -> dict[str, Any]:
-        known = {**json.loads(json.dumps(Recipe().to_dict())), **record["flags"]}  # a flag may be younger than a sweep
-        flags = {name: v for name, v in known.items() if name not in MAY_CHANGE_ON_RESUME}
+        flags = {n: v for n, v in with_defaults(record["flags"]).items() if n not in MAY_CHANGE_ON_RESUME}
         return {**flags, **{name: record[name] for name in ("grid", "seeds", "mixed_precision")}}
 
     before, now = facts(old), facts(json.loads(json.dumps(new)))

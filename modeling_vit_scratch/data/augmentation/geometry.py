@@ -11,7 +11,7 @@ GREY = 128  # what lies outside an image moved by a policy, as in AutoAugment's 
 
 
 def flip(images: torch.Tensor, chosen: torch.Tensor, axis: int = -1) -> torch.Tensor:
-    """The images (B, C, H, W), those `chosen` (B,) mirrored left to right, or upside down with axis -2."""
+    """The images (B, C, H, W), those `chosen` (B,) mirrored left to right, or top to bottom with axis -2."""
     rows = send(chosen.nonzero()[:, 0], images.device)
     return images.index_copy(0, rows, images.index_select(0, rows).flip(axis))
 

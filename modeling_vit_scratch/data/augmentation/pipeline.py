@@ -22,7 +22,7 @@ class Augmentation:
 
     random_resized_crop_scale: least share of the area that a crop keeps (Inception's crop, 1409.4842), with a width /
     height within random_resized_crop_ratio; None: no such crop. horizontal_flip_prob, vertical_flip_prob: shares of
-    images mirrored left to right, and upside down. crop_padding: pixels of black put around before a random crop of the
+    images mirrored left to right, top to bottom. crop_padding: pixels of black put around before a random crop of the
     old size. rotation_degrees, translate_pixels, scale_range: largest rotation, shift (pixels) and relative change of
     scale of a random affine map, each drawn uniformly from plus to minus it; bilinear, black outside. auto_augment: a
     key of POLICIES; RandAugment's number of operations and magnitude (0 to 30). color_jitter: largest relative change
