@@ -23,6 +23,11 @@ CHOICES = {
 }
 TOKEN_INITS = ("trunc_normal", "normal", "uniform", "zeros")
 POSITION_INITS = (*TOKEN_INITS, "sincos2d")
+# what is left out at random, in training alone: another rate is the same network
+RATES_OF_TRAINING = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "embedding_dropout_prob", "mlp_dropout_prob",
+    "drop_path_rate", "patch_drop_rate",
+)  # fmt: skip
 
 
 def pair(value: Size) -> tuple[int, int]:
@@ -85,6 +90,7 @@ class ViTScratchConfig(PreTrainedConfig):
     mlp_bias: bool = True
     layer_scale_init: float | int | None = None  # None: no LayerScale; 2103.17239 uses 1e-5 at 24 layers
     drop_path_rate: float | int = 0.0  # stochastic depth, 1603.09382: grows linearly to this at the last layer
+    patch_drop_rate: float | int = 0.0  # share of each image's patches left out at random, 2208.07220
     embedding_dropout_prob: float | int | None = None  # None: hidden_dropout_prob
     mlp_dropout_prob: float | int | None = None  # after activation and MLP; None: hidden_dropout_prob, after
 
@@ -233,8 +239,7 @@ class ViTScratchConfig(PreTrainedConfig):
             raise ValueError("pooling='cls' needs use_cls_token=True; without a class token use pooling='mean'.")
 
     def _check_rates(self):
-        names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
-        for name in (*names, "embedding_dropout_prob", "mlp_dropout_prob"):
+        for name in RATES_OF_TRAINING:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:  # NaN fails too
                 raise ValueError(f"{name} must lie in [0, 1), got {value}; 0.1 is common.")

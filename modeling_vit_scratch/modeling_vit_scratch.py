@@ -198,6 +198,32 @@ class ViTScratchEmbeddings(nn.Module):
         return self.dropout(embeddings)
 
 
+class ViTScratchPatchDropout(nn.Module):
+    """PatchDropout (2208.07220): leaves patches out, others for each image, when training; prefix tokens stay.
+
+    (B, prefix + Gh*Gw, D) -> (B, N, D) and the indices of the tokens that stay, (B, N), or None where all do.
+    """
+
+    def __init__(self, config: ViTScratchConfig):
+        super().__init__()
+        self.rate = config.patch_drop_rate
+        self.num_prefix_tokens = config.num_prefix_tokens
+
+    def forward(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not self.training or self.rate == 0.0:
+            return embeddings, None
+        batch_size, num_tokens, width = embeddings.shape
+        num_patches, device = num_tokens - self.num_prefix_tokens, embeddings.device
+        num_kept = max(1, int(num_patches * (1 - self.rate)))
+        kept = torch.randn(batch_size, num_patches, device=device).argsort(dim=1)[:, :num_kept]
+        prefix = torch.arange(self.num_prefix_tokens, device=device).expand(batch_size, -1)
+        kept = torch.cat((prefix, kept + self.num_prefix_tokens), dim=1)  # (B, N)
+        return embeddings.gather(1, kept[:, :, None].expand(-1, -1, width)), kept
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3g}"
+
+
 # ---------------------------------------------------------------- equation 2: multi-head self-attention
 
 
@@ -501,6 +527,7 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
     def __init__(self, config: ViTScratchConfig):
         super().__init__(config)
         self.embeddings = ViTScratchEmbeddings(config)
+        self.patch_dropout = ViTScratchPatchDropout(config)
         self.layers = nn.ModuleList(ViTScratchLayer(config, index) for index in range(config.num_hidden_layers))
         has_norm = config.final_norm != "none"
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
@@ -526,13 +553,17 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
             shape = None if pixel_values is None else tuple(pixel_values.shape)
             raise ValueError(f"pixel_values must be (batch, channels, height, width), got {shape}.")
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)  # (B, N, D)
+        hidden_states, kept = self.patch_dropout(self.embeddings(pixel_values, interpolate_pos_encoding))  # (B, N, D)
 
         rotary_tables = None
         if self.config.position_embedding_type == "rope2d":
             grid = self.config.patch_grid_of(*pixel_values.shape[-2:])
             rotary_tables = rope2d_tables(self.config, grid, hidden_states.device)
+            if kept is not None:
+                rotary_tables = tuple(table[kept][:, None] for table in rotary_tables)  # (B, 1, N, F), for all heads
         if attention_mask is not None:
+            if kept is not None:
+                attention_mask = attention_mask.gather(1, kept)
             attention_mask = create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
             )

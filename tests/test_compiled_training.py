@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_run_train import run
+from test_run_train import TINY, equal, run, weights
 
 from modeling_vit_scratch.training import loop
 
@@ -35,3 +35,11 @@ def test_a_budget_does_not_time_the_compilation_of_scores(tmp_path, compiled):
     run(tmp_path / "run", "--time_budget", "4s", "--train_batch_size", 32, "--torch_compile", "true",
         "--gradient_accumulation_steps", 1)  # fmt: skip
     assert compiled and set(compiled) == {(32, True)}
+
+
+def test_the_network_changes_over_to_all_patches(tmp_path, compiled):
+    flags = ["--max_steps", 4, "--full_size_step", 2, "--eval_steps", 4, "--train_batch_size", 32]
+    flags += ["--config_overrides", f"{TINY},patch_drop_rate=0.5", "--gradient_accumulation_steps", 1]
+    run(tmp_path / "compiled", *flags, "--torch_compile", "true")
+    run(tmp_path / "plain", *flags)
+    assert compiled and equal(weights(tmp_path / "compiled"), weights(tmp_path / "plain"))

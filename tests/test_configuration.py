@@ -102,6 +102,7 @@ IMPOSSIBLE = [
             "embedding_dropout_prob",
             "mlp_dropout_prob",
             "drop_path_rate",
+            "patch_drop_rate",
         )
         for value in (-0.1, 1, nan)
     ),
@@ -278,6 +279,7 @@ EVERY_FIELD_CHANGED = {
     "mlp_bias": False,
     "layer_scale_init": 1e-5,
     "drop_path_rate": 0.5,
+    "patch_drop_rate": 0.25,
     "embedding_dropout_prob": 0.0,
     "mlp_dropout_prob": 0.75,
     "final_norm": "after_pooling",

@@ -89,6 +89,7 @@ SHAPES = {
     "vit.embeddings.patch_embeddings.projection": (B, D, GH, GW),
     "vit.embeddings.layernorm": (B, N, D),
     "vit.embeddings.dropout": (B, N, D),
+    "vit.patch_dropout": (B, N, D),
     **layer_shapes("vit.layers.0"),
     **layer_shapes("vit.layers.1"),
     "vit.layernorm": (B, N, D),

@@ -308,6 +308,7 @@ def test_every_dropout_field_acts_where_it_is_documented_to_act(fields, expected
         "embedding_dropout_prob",
         "mlp_dropout_prob",
         "drop_path_rate",
+        "patch_drop_rate",
     ],
 )
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -65,12 +65,17 @@ def summarise(config: ViTScratchConfig) -> list[Row]:
     return list(rows.values())
 
 
-def training_flops(config: ViTScratchConfig, image_size: tuple[int, int] | None = None) -> int:
+def training_flops(
+    config: ViTScratchConfig, image_size: tuple[int, int] | None = None, patch_drop_rate: float = 0.0
+) -> int:
     """FLOP of one image (height, width), else of the configuration's size, in training all of the network.
 
     A forward and a backward of twice its operations: the gradients of a product are two products of its size.
+    patch_drop_rate: of this training, whatever the configuration says.
     """
-    return 3 * _counted(_without_values(config), image_size or config.image_height_width).get_total_flops()
+    model = _without_values(config)
+    model.vit.patch_dropout.train().rate = patch_drop_rate
+    return 3 * _counted(model, image_size or config.image_height_width).get_total_flops()
 
 
 def _without_values(config: ViTScratchConfig) -> ViTScratchForImageClassification:

@@ -8,6 +8,7 @@ from ..data.loading import is_resident
 from ..data.splits import Source
 from ..errors import UserError
 from .features import can_cache_features, drawn_of_images
+from .overrides import checkpoint_rates
 from .recipes import Recipe
 from .time_budget import seconds_of
 
@@ -31,7 +32,6 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
     "stream_lanes": (lambda r: not r.streaming, "it goes with --streaming true"),
     "stream_window": (lambda r: not r.streaming, "it goes with --streaming true"),
     "preset": (lambda r: r.model_name_or_path is not None, "the checkpoint decides the network"),
-    "config_overrides": (lambda r: r.model_name_or_path is not None, "the checkpoint decides the network"),
     "push_to_hub": (lambda r: r.push_to_hub and r.specimen is not None, "a specimen is not published"),
     **dict.fromkeys(("hub_model_id", "hub_private_repo"), (lambda r: not r.push_to_hub, "it goes with --push_to_hub")),
     "finetune": (lambda r: r.model_name_or_path is None, "it goes with --model_name_or_path"),
@@ -92,7 +92,6 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
         lambda r: not r.bce_loss or r.mixup_alpha == 0 == r.cutmix_alpha,
         "it goes with --bce_loss and --mixup_alpha or --cutmix_alpha",
     ),
-    "full_size_step": (lambda r: r.initial_image_size is None, "it goes with --initial_image_size"),
 }
 
 # the same, for what only the data tells
@@ -140,6 +139,8 @@ def check_recipe(recipe: Recipe, chosen: frozenset[str]):
         raise UserError("Say how long to train: --max_steps, --num_train_epochs or --time_budget.")
     if recipe.time_budget is not None:
         seconds_of(recipe.time_budget)
+    if recipe.model_name_or_path is not None:
+        checkpoint_rates(recipe)
     if recipe.aug_repeats > 1 and recipe.streaming:
         raise UserError(
             "--aug_repeats has no effect here: a stream shows each image once an epoch, as its shards come."

@@ -191,7 +191,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     # one process with two parts sums the gradients of the same images as two processes with one part each
     num_parts = -(-recipe.gradient_accumulation_steps // world_size)
 
-    def backward(step: int, batch: Batch, is_mixed: bool, is_small: bool) -> torch.Tensor:
+    def backward(step: int, batch: Batch, is_mixed: bool, is_initial: bool) -> torch.Tensor:
         """The norm of the global batch's gradient, which then lies, clipped, in the parameters."""
         torch.manual_seed(derived_seed(recipe.seed, "dropout", step, rank))
         batch = batch.to(device)
@@ -199,7 +199,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         images = normalise(augment(batch.images, draws), *pixels, model.dtype)
         images, targets = augment.erase(images, draws), batch.labels
         options = {}
-        if is_small:
+        resolution.start(model, is_initial)
+        if is_initial and resolution.initial_size is not None:
             images, options = resolution.shrink(images), {"interpolate_pos_encoding": True}
         if is_mixed:
             images, targets = mixing(images, targets, draws, num_labels, lambda *own: gather_batch(accelerator, *own))
@@ -232,10 +233,10 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             position.total_steps = math.ceil(recipe.num_train_epochs * num_samples / batch_size)
         if recipe.time_budget is not None:
 
-            def rehearse_steps(count: int, is_small: bool = False):
+            def rehearse_steps(count: int, is_initial: bool = False):
                 set_rate(0.0)  # the weights stay as they are, bit for bit
                 for step, batch in enumerate(data.batches(0, count)):
-                    grad_norm = backward(step, batch, mixing.is_on, is_small)
+                    grad_norm = backward(step, batch, mixing.is_on, is_initial)
                     if accelerator.scaler is None and not guard.watch(grad_norm, step):
                         guard.check(0.0, where_to_go_on)
                     optimizer.step()
@@ -243,7 +244,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
 
             set_train_mode(network)
             budget = seconds_of(recipe.time_budget)
-            initial = partial(rehearse_steps, is_small=True) if resolution.is_progressive else None
+            initial = partial(rehearse_steps, is_initial=True) if resolution.is_progressive else None
             scorings = {name: partial(score, name) for name in held}
             rehearsal = rehearse(accelerator, rehearse_steps, scorings, budget, initial)
             optimizer.optimizer.state.clear()

@@ -13,7 +13,7 @@ from ..errors import UserError, unknown
 from ..image_processing_vit_scratch import ViTScratchImageProcessor, ViTScratchImageProcessorPil
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..weights import LoadingReport, load_pixel_facts, load_pretrained
-from .overrides import parse_overrides
+from .overrides import checkpoint_rates, parse_overrides
 from .recipes import Recipe
 from .specimen import make_specimen
 
@@ -56,7 +56,8 @@ def build_network(
         if recipe.model_name_or_path is not None:
             size = recipe.image_size if "image_size" in chosen else None
             wanted = (source.class_names, size, channels)
-            model, report = load_pretrained(recipe.model_name_or_path, *wanted, revision=recipe.model_revision)
+            given = {"revision": recipe.model_revision, "rates": checkpoint_rates(recipe)}
+            model, report = load_pretrained(recipe.model_name_or_path, *wanted, **given)
             model.config.problem_type = problem_type
         else:
             facts = _facts(recipe, chosen, native, channels)

@@ -5,8 +5,9 @@ from typing import Any
 
 import yaml
 
-from ..configuration_vit_scratch import architecture_fields
+from ..configuration_vit_scratch import RATES_OF_TRAINING, architecture_fields
 from ..errors import UserError, unknown
+from .recipes import RECIPES, Recipe
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
@@ -33,6 +34,31 @@ def merged_overrides(first: str | None, second: str | None) -> str | None:
         parts.pop(name, None)
         parts[name] = part.strip()
     return ",".join(parts.values()) or None
+
+
+def given_overrides(recipe: Recipe) -> set[str]:
+    """The fields that are not as the named recipe has them: those that a person gave."""
+    own = parse_overrides(RECIPES[recipe.recipe].config_overrides)
+    fields = parse_overrides(recipe.config_overrides)
+    return {name for name, value in fields.items() if name not in own or own[name] != value}
+
+
+def checkpoint_rates(recipe: Recipe) -> dict[str, Any]:
+    """What may be changed of a checkpoint's network: the rates of dropout among the overrides.
+
+    Raises UserError for another field that a person gave, and for any where the network is frozen.
+    """
+    given = given_overrides(recipe)
+    if given and recipe.finetune == "head":
+        raise UserError("--config_overrides has no effect here: the checkpoint's network is frozen but for its head.")
+    if others := sorted(given - set(RATES_OF_TRAINING)):
+        raise UserError(
+            f"--config_overrides {others[0]} has no effect here: the checkpoint decides the network. What it leaves "
+            f"out in training may be another share: {', '.join(RATES_OF_TRAINING)}."
+        )
+    if recipe.finetune == "head":
+        return {}
+    return {name: v for name, v in parse_overrides(recipe.config_overrides).items() if name in RATES_OF_TRAINING}
 
 
 def _parts(text: str | None) -> list[str]:

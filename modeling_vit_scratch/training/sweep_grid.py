@@ -14,8 +14,8 @@ from ..errors import UserError, unknown
 from ..results.sweep_plot import value_text, values_text
 from . import effects
 from .flags import Parser, parse_arguments, parse_value
-from .overrides import merged_overrides, parse_overrides, split_outside_brackets
-from .recipes import FIELDS, RECIPES, Recipe
+from .overrides import given_overrides, merged_overrides, parse_overrides, split_outside_brackets
+from .recipes import FIELDS, Recipe
 
 LONGEST_NAME = 120  # letters of a run's folder; longer names are cut and end in a digest
 TOGETHER = 'Fields that must change together share an axis: --grid "pooling:use_cls_token=cls:true,mean:false".'
@@ -129,9 +129,7 @@ def parse_sweep(arguments: list[str]) -> Plan:
         raise UserError("--push_to_hub would push every run of a sweep: leave it out and `vit-scratch push` the best.")
     axes = [parse_axis(text) for text in own.grid]
     fields = [name for axis in axes for name in axis.names]
-    recipes_own = parse_overrides(RECIPES[base.recipe].config_overrides)
-    overrides = parse_overrides(base.config_overrides).items()
-    given_fields = {name for name, value in overrides if name not in recipes_own or recipes_own[name] != value}
+    given_fields = given_overrides(base)
     for name in fields:
         if fields.count(name) > 1:
             raise UserError(f"--grid names {name} twice: put all its values on one axis.")

@@ -10,18 +10,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..configuration_vit_scratch import ViTScratchConfig, pair
+from ..configuration_vit_scratch import RATES_OF_TRAINING, ViTScratchConfig, pair
 from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchForImageClassification, sincos2d_positions
 from . import timm_format, torchvision_format, transformers_format
 from .naming import Tensors
 from .pixels import timm_config
 from .shapes import PATCHES, POSITIONS
-
-ONLY_IN_TRAINING = (
-    "drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "embedding_dropout_prob",
-    "mlp_dropout_prob",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,6 +131,6 @@ def _check(config: ViTScratchConfig, target: Target):
 
 def _left_behind(config: ViTScratchConfig, target: Target) -> list[str]:
     """What training had and the other library's files do not say; it changes no logit."""
-    names = [name for name in ONLY_IN_TRAINING if name not in target.kept and getattr(config, name)]
+    names = [name for name in RATES_OF_TRAINING if name not in target.kept and getattr(config, name)]
     lost = [f"{name}={getattr(config, name)}" for name in names]
     return [f"left behind, as it acts in training alone: {', '.join(lost)}"] if lost else []

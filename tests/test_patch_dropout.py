@@ -1,0 +1,295 @@
+"""patch_drop_rate: timm's PatchDropout and attention masks as oracles, and runs that end with all patches."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from small_vit import build, images
+from test_modeling_oracles import FROM_TIMM, assert_same, ours_with, randomised, rename
+from test_run_options import Killed, die_at
+from test_run_train import TINY, equal, metrics, run, weights
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
+from modeling_vit_scratch.errors import UserError
+from modeling_vit_scratch.modeling_vit_scratch import ViTScratchLayer, ViTScratchPatchDropout
+from modeling_vit_scratch.training import loop
+from modeling_vit_scratch.training.recipes import COUNTED_LENGTHS, RECIPES, may_change_on_resume
+from modeling_vit_scratch.training.resolution import Resolution
+from modeling_vit_scratch.training.time_budget import Rehearsal
+
+HALF = ["--config_overrides", f"{TINY},patch_drop_rate=0.5"]  # digits have 16 patches
+NETWORKS = {
+    "class token": {},
+    "registers, mean": {"num_register_tokens": 2, "pooling": "mean"},
+    "no prefix": {"use_cls_token": False, "pooling": "mean"},
+    "rotary": {"position_embedding_type": "rope2d", "num_register_tokens": 1},
+    "fixed": {"position_embedding_type": "sincos2d", "embedding_norm": True},
+}
+
+
+# ---------------------------------------------------------------- the network
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.75, 0.99])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({}, {}),
+        ({"reg_tokens": 3, "pre_norm": True}, {"num_register_tokens": 3, "embedding_norm": True, "patch_bias": False}),
+        (
+            {"global_pool": "avg", "class_token": False, "fc_norm": False},
+            {"pooling": "mean", "use_cls_token": False},
+        ),
+    ],
+    ids=["class token", "registers", "mean"],
+)
+def test_with_the_same_draws_logits_and_gradients_are_those_of_timms_patch_dropout(theirs, ours, rate):
+    make = pytest.importorskip("timm").models.vision_transformer.VisionTransformer
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
+    reference = randomised(lambda: make(**sizes, num_classes=7, patch_drop_rate=rate, **theirs)).train()
+    fields = {
+        "image_size": 32, "patch_size": 4, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 96, "num_labels": 7, "layer_norm_eps": 1e-6, "patch_drop_rate": rate,
+    }  # fmt: skip
+    model = ours_with(rename(reference.state_dict(), FROM_TIMM), **fields, **ours).train()
+    found = []
+    for network in (model, reference):
+        torch.manual_seed(3)
+        pixel_values = images(5, 3, 32, 32).requires_grad_()
+        logits = network(pixel_values)
+        logits = logits if isinstance(logits, torch.Tensor) else logits.logits
+        logits.square().sum().backward()
+        found.append((logits, pixel_values.grad))
+    for one, other in zip(*found, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("fields", NETWORKS.values(), ids=NETWORKS)
+def test_what_stays_is_as_if_the_rest_were_masked_and_keeps_its_position(monkeypatch, fields, is_masked):
+    model = build(ViTScratchModel, patch_drop_rate=0.5, **fields).train()
+    model.set_attn_implementation("eager")
+    prefix = model.config.num_prefix_tokens
+    scores = torch.rand(3, 16, generator=torch.Generator().manual_seed(5))
+    kept = scores.argsort(dim=1)[:, :8] + prefix
+    kept = torch.cat((torch.arange(prefix).expand(3, -1), kept), dim=1)
+    stays = torch.zeros(3, prefix + 16, dtype=torch.long).scatter(1, kept, 1)
+    mask = None
+    if is_masked:  # a mask of the caller's own goes with its tokens
+        mask = torch.ones_like(stays)
+        mask[:, prefix + 1 : prefix + 4] = 0
+    expected = model.eval()(images(), attention_mask=stays if mask is None else stays * mask).last_hidden_state
+    expected = expected.gather(1, kept[:, :, None].expand(-1, -1, 32))
+    pixel_values = images()
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: scores)  # the patches with the least scores stay
+    found = model.train()(pixel_values, attention_mask=mask).last_hidden_state
+    visible = torch.ones_like(kept) if mask is None else mask.gather(1, kept)
+    torch.testing.assert_close(found[visible == 1], expected[visible == 1], rtol=1e-5, atol=1e-5)
+
+
+def test_each_patch_of_each_image_stays_as_often_as_the_rate_says_and_prefix_tokens_always():
+    dropout = ViTScratchPatchDropout(build(patch_drop_rate=0.25, num_register_tokens=2).config).train()
+    torch.manual_seed(0)
+    tokens = torch.arange(19.0)[None, :, None].expand(2000, -1, 4)
+    left, kept = dropout(tokens)
+    assert left.shape == (2000, 3 + 12, 4) and torch.equal(left[:, :, 0], kept.float())
+    assert torch.equal(kept[:, :3], torch.arange(3).expand(2000, -1))
+    counts = kept[:, 3:].flatten().bincount(minlength=19)
+    assert not counts[:3].any() and (counts[3:] - 1500).abs().max() < 100  # of 2,000 with deviations of 19
+    assert all(len(set(row.tolist())) == 15 for row in kept)
+    assert len({tuple(sorted(row.tolist())) for row in kept[:50]}) > 45  # each image has its own
+
+
+def test_all_patches_stay_in_evaluation_and_one_at_least_in_training():
+    model = build(patch_drop_rate=0.9999)
+    assert torch.equal(model(images()).logits, build()(images()).logits)
+    sizes = []
+    model.vit.layers[0].register_forward_pre_hook(lambda _, arguments: sizes.append(arguments[0].shape[1]))
+    model(images())
+    model.train()(images())
+    assert sizes == [17, 2]
+
+
+@pytest.mark.parametrize("fields", NETWORKS.values(), ids=NETWORKS)
+def test_it_trains_compiled_in_one_graph_and_under_gradient_checkpointing(fields):
+    torch.compiler.reset()
+    model = build(patch_drop_rate=0.5, **fields).train()
+
+    def loss_and_gradients(network):
+        torch.manual_seed(0)
+        loss = network(images(), labels=torch.tensor([0, 1, 2])).loss
+        loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return [loss.detach(), *gradients]
+
+    plain = loss_and_gradients(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for one, other in zip(plain, loss_and_gradients(compiled), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    model.gradient_checkpointing_enable()
+    assert all(torch.equal(one, other) for one, other in zip(plain, loss_and_gradients(model), strict=True))
+
+
+# ---------------------------------------------------------------- a run
+
+
+@pytest.fixture
+def tokens() -> Iterator[list[tuple[bool, int]]]:
+    """Of each batch that a layer sees from here on: whether it trains on it, and how many tokens an image has."""
+    found = []
+
+    def look(module, arguments):
+        if isinstance(module, ViTScratchLayer) and not arguments[0].is_meta:
+            found.append((module.training, arguments[0].shape[1]))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    yield found
+    hook.remove()
+
+
+def of_training(tokens: list[tuple[bool, int]]) -> list[int]:
+    return [number for is_training, number in tokens if is_training][::2]  # TINY has two layers
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ([], [8] * 10),
+        (["--full_size_step", 0.3], [8] * 3 + [16] * 7),
+        (["--full_size_step", 7], [8] * 7 + [16] * 3),
+        (["--initial_image_size", 4], [2] * 6 + [16] * 4),  # four patches, two of which stay
+    ],
+)
+def test_patches_are_left_out_until_all_is_shown_and_never_in_evaluation(tmp_path, tokens, flags, expected):
+    parts = ["--gradient_accumulation_steps", 1, "--train_batch_size", 50]
+    results = run(tmp_path / "run", "--max_steps", 10, "--eval_steps", 2, *parts, *HALF, *flags)
+    assert of_training(tokens) == expected
+    assert {number for is_training, number in tokens if not is_training} == {16}
+    model = ViTScratchForImageClassification.from_pretrained(tmp_path / "run" / "model", attn_implementation="eager")
+    assert model.config.patch_drop_rate == 0.5
+
+    def flops(side: int, rate: float) -> int:
+        model.vit.patch_dropout.train().rate = rate
+        with FlopCounterMode(display=False) as counter:
+            batch = torch.zeros(50, 1, side, side, requires_grad=True)
+            model(batch, interpolate_pos_encoding=True).logits.sum().backward()
+        return counter.get_total_flops()
+
+    kinds = {2: (4, 0.5), 8: (8, 0.5), 16: (8, 0.0)}
+    assert results["train_pflop"] == pytest.approx(sum(flops(*kinds[number]) for number in expected) / 1e15, rel=1e-6)
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_run_killed_in_either_stage_ends_as_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, streaming):
+    arguments = [*HALF, "--full_size_step", 0.6, "--streaming", streaming, "--max_steps", 10, "--save_steps", 2,
+                 "--logging_steps", 3, "--train_batch_size", 48, "--ema_decay", 0.5]  # fmt: skip
+    whole = run(tmp_path / "whole", *arguments)
+    for fatal_step in (3, 9):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            die_at(patch, fatal_step)
+            run(tmp_path / "broken", *arguments)
+    broken = run(tmp_path / "broken", *arguments)
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+    assert loop.final_scores(whole) == loop.final_scores(broken)
+
+
+def test_a_budgeted_run_rehearses_both_kinds_of_steps(tmp_path, monkeypatch, tokens, capsys):
+    monkeypatch.setattr(Rehearsal, "steps_within", lambda *_: 5)
+    one_part = ["--gradient_accumulation_steps", 1]
+    budgeted = run(tmp_path / "budgeted", "--time_budget", "2s", *HALF, "--full_size_step", 0.6, *one_part)
+    seen = of_training(tokens)
+    assert seen[-5:] == [8, 8, 8, 16, 16] and seen[:-5] == sorted(seen[:-5]) and {8, 16} == set(seen[:-5])
+    out = capsys.readouterr().out
+    assert " s and then " in out and "3 steps without 0.5 of the patches, then 2 with all" in out
+    counted = run(tmp_path / "counted", "--max_steps", 5, *HALF, "--full_size_step", 0.6, *one_part)
+    assert equal(weights(tmp_path / "budgeted"), weights(tmp_path / "counted"))
+    assert loop.final_scores(budgeted) == loop.final_scores(counted)
+
+
+def test_what_is_left_out_is_said(capsys, tmp_path):
+    run(tmp_path / "run", "--max_steps", 2, *HALF)
+    assert "every step without 0.5 of the patches of each image" in capsys.readouterr().out
+    assert Resolution(24, 0.6, 0.25).stages(1000) == [
+        "600 steps at 24 pixels and without 0.25 of the patches, then 400 at full size"
+    ]
+
+
+def test_a_first_step_counts_as_its_patches_do():
+    config = build(image_size=32).config
+    assert Resolution(None, 0.5, 0.25).work(10, 20, config) == pytest.approx(10 * 0.75)
+    assert Resolution(16, 0.5, 0.5).work(20, 20, config) == pytest.approx(10 * 0.125 + 10)
+    assert Resolution(None, None, 0.5).work(10, 20, config) == 10
+
+
+def test_a_length_may_change_on_resume_only_where_the_last_patches_come_at_a_step_and_no_share():
+    constant = RECIPES["digits"].replace(lr_scheduler_type="constant", warmup_steps=2)
+    assert not may_change_on_resume(constant.replace(full_size_step=0.5)) & {*COUNTED_LENGTHS}
+    assert may_change_on_resume(constant.replace(full_size_step=50)) >= {*COUNTED_LENGTHS}
+
+
+def test_a_step_of_all_patches_needs_some_that_were_left_out(tmp_path):
+    with pytest.raises(UserError, match="--full_size_step has no effect here: it goes with --initial_image_size or"):
+        run(tmp_path / "run", "--max_steps", 5, "--full_size_step", 0.5)
+    with pytest.raises(UserError, match="--full_size_step 5: a run of 5 steps ends before it"):
+        run(tmp_path / "run", "--max_steps", 5, "--full_size_step", 5, *HALF)
+
+
+# ---------------------------------------------------------------- the rates of a checkpoint
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> list[str]:
+    run(tmp_path / "start", "--max_steps", 2, "--config_overrides", f"{TINY},hidden_dropout_prob=0.125")
+    return ["--dataset_name", "digits", "--model_name_or_path", str(tmp_path / "start" / "model"), "--max_steps", "2"]
+
+
+@pytest.mark.parametrize("mode", ["full", "last:1", "attention", "lora"])
+def test_a_checkpoint_is_finetuned_with_other_rates_and_the_same_weights(tmp_path, checkpoint, mode, tokens):
+    rates = ["--config_overrides", "patch_drop_rate=0.5,drop_path_rate=0.25", "--gradient_accumulation_steps", 1]
+    run(tmp_path / "run", *checkpoint, "--finetune", mode, *rates)
+    config = ViTScratchForImageClassification.from_pretrained(tmp_path / "run" / "model").config
+    assert (config.patch_drop_rate, config.drop_path_rate, config.hidden_dropout_prob) == (0.5, 0.25, 0.125)
+    assert tokens[-1][1] == 16 and 8 in {number for is_training, number in tokens if is_training}
+
+
+@pytest.mark.parametrize(
+    "recipe, flags, drop_path_rate",
+    [
+        (None, ["--config_overrides", "none"], 0.0),
+        ("cifar10_5min", ["--config_overrides", "attention_probs_dropout_prob=0.0"], 0.1),
+        ("cifar10_5min", ["--config_overrides", "drop_path_rate=0.0"], 0.0),
+    ],
+)
+def test_a_checkpoint_keeps_its_own_rates_but_for_those_of_the_recipe(
+    tmp_path, checkpoint, recipe, flags, drop_path_rate
+):
+    own = ["--recipe", recipe, "--torch_compile", "false", "--ema_decay", "none"] if recipe else []
+    run(tmp_path / "run", *own, *checkpoint, *flags, "--train_batch_size", 50)
+    config = ViTScratchForImageClassification.from_pretrained(tmp_path / "run" / "model").config
+    assert (config.hidden_dropout_prob, config.drop_path_rate) == (0.125, drop_path_rate)
+    started = ViTScratchForImageClassification.from_pretrained(tmp_path / "start" / "model").config
+    assert config.qk_norm == started.qk_norm is False  # what else the recipe says is for networks of its own
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--config_overrides", "hidden_size=32"],
+            "--config_overrides hidden_size has no effect here: the checkpoint decides the network. What it leaves out "
+            "in training may be another share: hidden_dropout_prob,",
+        ),
+        (
+            ["--finetune", "head", "--config_overrides", "drop_path_rate=0.1"],
+            "--config_overrides has no effect here: the checkpoint's network is frozen but for its head",
+        ),
+        (["--config_overrides", "drop_path_rate=1.5"], r"drop_path_rate must lie in \[0, 1\), got 1.5"),
+    ],
+)
+def test_what_cannot_be_changed_of_a_checkpoint_is_said_in_one_line(tmp_path, checkpoint, flags, message):
+    with pytest.raises(UserError, match=message) as caught:
+        run(tmp_path / "run", *checkpoint, *flags)
+    assert "\n" not in str(caught.value)
