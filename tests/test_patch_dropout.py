@@ -6,8 +6,8 @@ import pytest
 import torch
 from small_vit import build, images
 from test_modeling_oracles import FROM_TIMM, assert_same, ours_with, randomised, rename
-from test_run_options import Killed, die_at
-from test_run_train import TINY, equal, metrics, run, weights
+from test_run_options import assert_killed_runs_end_alike
+from test_run_train import TINY, equal, run, weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
@@ -185,15 +185,7 @@ def test_patches_are_left_out_until_all_is_shown_and_never_in_evaluation(tmp_pat
 def test_a_run_killed_in_either_stage_ends_as_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, streaming):
     arguments = [*HALF, "--full_size_step", 0.6, "--streaming", streaming, "--max_steps", 10, "--save_steps", 2,
                  "--logging_steps", 3, "--train_batch_size", 48, "--ema_decay", 0.5]  # fmt: skip
-    whole = run(tmp_path / "whole", *arguments)
-    for fatal_step in (3, 9):
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            die_at(patch, fatal_step)
-            run(tmp_path / "broken", *arguments)
-    broken = run(tmp_path / "broken", *arguments)
-    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
-    assert loop.final_scores(whole) == loop.final_scores(broken)
+    assert_killed_runs_end_alike(tmp_path, monkeypatch, arguments, 3, 9)
 
 
 def test_a_budgeted_run_rehearses_both_kinds_of_steps(tmp_path, monkeypatch, tokens, capsys):

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from small_vit import SMALL, images
-from test_run_options import Killed, die_at
+from test_run_options import assert_killed_runs_end_alike
 from test_run_train import TINY, equal, metrics, run, weights
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import functional as tvF
@@ -105,15 +105,7 @@ EVERYTHING = [
 def test_a_run_killed_in_either_stage_ends_as_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, streaming):
     arguments = [*SMALLER, *EVERYTHING, "--streaming", streaming, "--max_steps", 10, "--save_steps", 2,
                  "--logging_steps", 3, "--train_batch_size", 48]  # fmt: skip
-    whole = run(tmp_path / "whole", *arguments)
-    for fatal_step in (3, 9):  # the images are full from step 6 on
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            die_at(patch, fatal_step)
-            run(tmp_path / "broken", *arguments)
-    broken = run(tmp_path / "broken", *arguments)
-    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
-    assert loop.final_scores(whole) == loop.final_scores(broken)
+    assert_killed_runs_end_alike(tmp_path, monkeypatch, arguments, 3, 9)  # the images are full from step 6 on
 
 
 @pytest.mark.parametrize("overrides", [TINY, LEARNED])

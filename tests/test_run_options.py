@@ -46,19 +46,25 @@ def die_at(monkeypatch, fatal_step):
     return begun
 
 
+def assert_killed_runs_end_alike(tmp_path, monkeypatch, arguments, *fatal_steps):
+    """A run that is killed before each of these steps ends as the uninterrupted one, bit for bit."""
+    whole = run(tmp_path / "whole", *arguments)
+    for fatal_step in fatal_steps:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            die_at(patch, fatal_step)
+            run(tmp_path / "broken", *arguments)
+    broken = run(tmp_path / "broken", *arguments)
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+    assert loop.final_scores(whole) == loop.final_scores(broken)
+
+
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_with_everything_on_a_resumed_run_equals_the_uninterrupted_one(tmp_path, monkeypatch, streaming):
     arguments = [*EVERYTHING, "--max_steps", 12, "--save_steps", 4, "--logging_steps", 3, "--train_batch_size", 48,
                  "--streaming", streaming, "--optim", "muon", "--layer_decay", 0.8]  # fmt: skip
     arguments += [] if streaming == "true" else ["--aug_repeats", 3]
-    whole = run(tmp_path / "whole", *arguments)
-    die_at(monkeypatch, 9)
-    with pytest.raises(Killed):
-        run(tmp_path / "broken", *arguments)
-    broken = run(tmp_path / "broken", *arguments)
-    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
-    assert loop.final_scores(whole) == loop.final_scores(broken)
+    assert_killed_runs_end_alike(tmp_path, monkeypatch, arguments, 9)
 
 
 def test_averaged_weights_are_what_is_scored_and_saved(tmp_path):
