@@ -17,6 +17,13 @@ from transformers.activations import GELUActivation
 
 # ---------------------------------------------------------------- products
 
+
+@torch.compiler.assume_constant_result
+def has_autocast(device_type: str) -> bool:
+    """Whether autocast serves such devices: a constant, for torch 2.11's compiler cannot trace the question."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 SMALLEST_PRODUCT = 2**21  # multiplications, below which oneDNN's start takes longer than it saves
 SMALLEST_IMAGE = 20480  # numbers, up to which torch takes another library for the convolution of a single image
 

@@ -29,7 +29,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vit_scratch import ViTScratchConfig
-from .functions_vit_scratch import activated_linear, linear
+from .functions_vit_scratch import activated_linear, has_autocast, linear
 
 # ---------------------------------------------------------------- equation 1: patches, tokens, positions
 
@@ -198,10 +198,15 @@ class ViTScratchEmbeddings(nn.Module):
         return self.dropout(embeddings)
 
 
+def num_kept_patches(num_patches: int, patch_drop_rate: float) -> int:
+    """How many patches of an image stay, at least one."""
+    return max(1, int(num_patches * (1 - patch_drop_rate)))
+
+
 class ViTScratchPatchDropout(nn.Module):
     """PatchDropout (2208.07220): leaves patches out, others for each image, when training; prefix tokens stay.
 
-    (B, prefix + Gh*Gw, D) -> (B, N, D) and the indices of the tokens that stay, (B, N), or None where all do.
+    (B, prefix + Gh*Gw, D) -> (B, N, D), patches in another order, and their indices (B, N), or None where all stay.
     """
 
     def __init__(self, config: ViTScratchConfig):
@@ -214,8 +219,8 @@ class ViTScratchPatchDropout(nn.Module):
             return embeddings, None
         batch_size, num_tokens, width = embeddings.shape
         num_patches, device = num_tokens - self.num_prefix_tokens, embeddings.device
-        num_kept = max(1, int(num_patches * (1 - self.rate)))
-        kept = torch.randn(batch_size, num_patches, device=device).argsort(dim=1)[:, :num_kept]
+        kept = torch.randn(batch_size, num_patches, device=device).argsort(dim=1)
+        kept = kept[:, : num_kept_patches(num_patches, self.rate)]
         prefix = torch.arange(self.num_prefix_tokens, device=device).expand(batch_size, -1)
         kept = torch.cat((prefix, kept + self.num_prefix_tokens), dim=1)  # (B, N)
         return embeddings.gather(1, kept[:, :, None].expand(-1, -1, width)), kept
@@ -311,7 +316,7 @@ class ViTScratchAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch_size, num_tokens, _ = hidden_states.shape
         device = hidden_states.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if has_autocast(device) and torch.is_autocast_enabled(device):
             # one cast, where the three products would each have their own
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         heads = (batch_size, num_tokens, -1, self.head_dim)
@@ -522,7 +527,10 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
 
 
 class ViTScratchModel(ViTScratchPreTrainedModel):
-    """The encoder alone: pixel_values (B, C, H, W) -> last_hidden_state (B, N, D) and pooler_output (B, D)."""
+    """The encoder alone: pixel_values (B, C, H, W) -> last_hidden_state (B, N, D) and pooler_output (B, D).
+
+    In training with patch_drop_rate, N are the tokens that stay, the patches among them in another order.
+    """
 
     def __init__(self, config: ViTScratchConfig):
         super().__init__(config)
@@ -545,8 +553,8 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         """Encodes images.
 
         pixel_values: (B, C, H, W), normalised as the image processor does. interpolate_pos_encoding: True admits
-        another image size than the configuration's. attention_mask: (B, N), 1 for tokens to attend to;
-        it hides tokens from each other, not from mean pooling.
+        another image size than the configuration's. attention_mask: (B, N) of all tokens, 1 for those to
+        attend to; it hides tokens from each other, not from mean pooling.
         Raises ValueError for a wrong number of channels or an image size that does not fit.
         """
         if pixel_values is None or pixel_values.ndim != 4:
@@ -563,7 +571,10 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
                 rotary_tables = tuple(table[kept][:, None] for table in rotary_tables)  # (B, 1, N, F), for all heads
         if attention_mask is not None:
             if kept is not None:
-                attention_mask = attention_mask.gather(1, kept)
+                if attention_mask.ndim != 2:
+                    shape = tuple(attention_mask.shape)
+                    raise ValueError(f"attention_mask must be (B, N) where patches are left out, got {shape}.")
+                attention_mask = attention_mask.expand(len(kept), -1).gather(1, kept)
             attention_mask = create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
             )

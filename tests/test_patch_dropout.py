@@ -1,6 +1,7 @@
 """patch_drop_rate: timm's PatchDropout and attention masks as oracles, and runs that end with all patches."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,13 @@ from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchMod
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchLayer, ViTScratchPatchDropout
 from modeling_vit_scratch.training import loop
+from modeling_vit_scratch.training.flags import parse_arguments
+from modeling_vit_scratch.training.overrides import checkpoint_rates
 from modeling_vit_scratch.training.recipes import COUNTED_LENGTHS, RECIPES, may_change_on_resume
-from modeling_vit_scratch.training.resolution import Resolution
+from modeling_vit_scratch.training.resolution import Resolution, resolution_of
+from modeling_vit_scratch.training.sweep_grid import parse_sweep
 from modeling_vit_scratch.training.time_budget import Rehearsal
+from modeling_vit_scratch.weights import load_pretrained
 
 HALF = ["--config_overrides", f"{TINY},patch_drop_rate=0.5"]  # digits have 16 patches
 NETWORKS = {
@@ -195,7 +200,7 @@ def test_a_budgeted_run_rehearses_both_kinds_of_steps(tmp_path, monkeypatch, tok
     seen = of_training(tokens)
     assert seen[-5:] == [8, 8, 8, 16, 16] and seen[:-5] == sorted(seen[:-5]) and {8, 16} == set(seen[:-5])
     out = capsys.readouterr().out
-    assert " s and then " in out and "3 steps without 0.5 of the patches, then 2 with all" in out
+    assert " s and then " in out and "3 steps with 8 of 16 patches, drawn anew for each image, then 2 with all" in out
     counted = run(tmp_path / "counted", "--max_steps", 5, *HALF, "--full_size_step", 0.6, *one_part)
     assert equal(weights(tmp_path / "budgeted"), weights(tmp_path / "counted"))
     assert loop.final_scores(budgeted) == loop.final_scores(counted)
@@ -203,16 +208,17 @@ def test_a_budgeted_run_rehearses_both_kinds_of_steps(tmp_path, monkeypatch, tok
 
 def test_what_is_left_out_is_said(capsys, tmp_path):
     run(tmp_path / "run", "--max_steps", 2, *HALF)
-    assert "every step without 0.5 of the patches of each image" in capsys.readouterr().out
-    assert Resolution(24, 0.6, 0.25).stages(1000) == [
-        "600 steps at 24 pixels and without 0.25 of the patches, then 400 at full size"
+    assert "every step with 8 of 16 patches, drawn anew for each image" in capsys.readouterr().out
+    config = build(patch_size=4).config
+    assert Resolution(24, 0.6, 0.3).stages(1000, config) == [
+        "600 steps at 24 pixels with 25 of 36 patches, drawn anew for each image, then 400 at full size"
     ]
 
 
 def test_a_first_step_counts_as_its_patches_do():
-    config = build(image_size=32).config
-    assert Resolution(None, 0.5, 0.25).work(10, 20, config) == pytest.approx(10 * 0.75)
-    assert Resolution(16, 0.5, 0.5).work(20, 20, config) == pytest.approx(10 * 0.125 + 10)
+    config = build().config  # 16 patches
+    assert Resolution(None, 0.5, 0.3).work(10, 20, config) == pytest.approx(10 * 11 / 16)
+    assert Resolution(16, 0.5, 0.5).work(20, 20, config) == pytest.approx(10 * 2 / 16 + 10)
     assert Resolution(None, None, 0.5).work(10, 20, config) == 10
 
 
@@ -222,11 +228,46 @@ def test_a_length_may_change_on_resume_only_where_the_last_patches_come_at_a_ste
     assert may_change_on_resume(constant.replace(full_size_step=50)) >= {*COUNTED_LENGTHS}
 
 
-def test_a_step_of_all_patches_needs_some_that_were_left_out(tmp_path):
-    with pytest.raises(UserError, match="--full_size_step has no effect here: it goes with --initial_image_size or"):
-        run(tmp_path / "run", "--max_steps", 5, "--full_size_step", 0.5)
-    with pytest.raises(UserError, match="--full_size_step 5: a run of 5 steps ends before it"):
-        run(tmp_path / "run", "--max_steps", 5, "--full_size_step", 5, *HALF)
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--full_size_step", 0.5],
+            "--full_size_step has no effect here: it goes with --initial_image_size or --config_",
+        ),
+        (["--full_size_step", 0.5, "--config_overrides", "patch_drop_rate=0"], "--full_size_step has no effect here"),
+        # the recipe's 24 pixels are more than digits have
+        (
+            ["--recipe", "cifar10", "--dataset_name", "digits", "--full_size_step", 0.5],
+            "--full_size_step has no effect here: it goes with --initial_image_size, or with the patch_drop_rate of",
+        ),
+        (["--full_size_step", 5, *HALF], "--full_size_step 5: a run of 5 steps ends before it"),
+    ],
+)
+def test_a_step_of_all_patches_needs_some_that_were_left_out(tmp_path, flags, message):
+    with pytest.raises(UserError, match=message) as caught:
+        run(tmp_path / "run", "--max_steps", 5, *flags)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("image_size, expected", [([], None), (["--image_size", 32], 24)])
+def test_where_the_recipes_small_images_are_too_large_patches_come_back_at_its_step_all_the_same(image_size, expected):
+    words = ["--recipe", "cifar10", "--dataset_name", "digits", *HALF, *image_size]
+    recipe, chosen = parse_arguments([*map(str, words)])
+    config = build(image_size=recipe.image_size or 8, patch_size=2, patch_drop_rate=0.5).config
+    resolution = resolution_of(recipe, chosen, config, 1000)
+    assert (resolution.initial_size, resolution.full_size_step, resolution.patch_drop_rate) == (expected, 0.6, 0.5)
+
+
+@pytest.mark.parametrize("shape", [(1, 17), (3, 17)])
+def test_a_mask_may_be_one_for_all_images(shape):
+    model = build(ViTScratchModel, patch_drop_rate=0.5).train()
+    states = [model(images(), attention_mask=mask).last_hidden_state.shape for mask in (None, torch.ones(shape))]
+    assert states == [(3, 9, 32)] * 2
+    with pytest.raises(
+        ValueError, match=r"attention_mask must be \(B, N\) where patches are left out, got \(3, 17, 17"
+    ):
+        model(images(), attention_mask=torch.ones(3, 17, 17))
 
 
 # ---------------------------------------------------------------- the rates of a checkpoint
@@ -234,36 +275,52 @@ def test_a_step_of_all_patches_needs_some_that_were_left_out(tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path) -> list[str]:
-    run(tmp_path / "start", "--max_steps", 2, "--config_overrides", f"{TINY},hidden_dropout_prob=0.125")
+    own = "hidden_dropout_prob=0.125,embedding_dropout_prob=0.25,position_embedding_type=rope2d,head_dim=8"
+    run(tmp_path / "start", "--max_steps", 2, "--config_overrides", f"{TINY},{own}")
     return ["--dataset_name", "digits", "--model_name_or_path", str(tmp_path / "start" / "model"), "--max_steps", "2"]
 
 
+def published(output_dir: Path) -> ViTScratchForImageClassification:
+    return ViTScratchForImageClassification.from_pretrained(output_dir / "model")
+
+
+def test_a_checkpoint_with_other_rates_has_its_own_weights_and_leaves_out_as_the_rates_say(tmp_path, checkpoint):
+    rates = {"patch_drop_rate": 0.5, "drop_path_rate": 0.25, "embedding_dropout_prob": None, "mlp_dropout_prob": 0.375}
+    model, _ = load_pretrained(str(tmp_path / "start" / "model"), rates=rates)
+    assert equal(model.state_dict(), published(tmp_path / "start").state_dict())
+    assert {name: getattr(model.config, name) for name in rates} == rates
+    layer = model.vit.layers[-1]
+    found = (model.vit.patch_dropout.rate, layer.drop_path.rate, model.vit.embeddings.dropout.p, layer.dropout.p)
+    assert found == (0.5, 0.25, 0.125, 0.125) and layer.mlp.hidden_dropout.p == layer.mlp.output_dropout.p == 0.375
+
+
 @pytest.mark.parametrize("mode", ["full", "last:1", "attention", "lora"])
-def test_a_checkpoint_is_finetuned_with_other_rates_and_the_same_weights(tmp_path, checkpoint, mode, tokens):
-    rates = ["--config_overrides", "patch_drop_rate=0.5,drop_path_rate=0.25", "--gradient_accumulation_steps", 1]
-    run(tmp_path / "run", *checkpoint, "--finetune", mode, *rates)
-    config = ViTScratchForImageClassification.from_pretrained(tmp_path / "run" / "model").config
+def test_a_checkpoint_is_finetuned_with_other_rates(tmp_path, checkpoint, mode, tokens):
+    given = ["--config_overrides", "patch_drop_rate=0.5,drop_path_rate=0.25", "--gradient_accumulation_steps", 1]
+    run(tmp_path / "run", *checkpoint, "--finetune", mode, *given)
+    config = published(tmp_path / "run").config
     assert (config.patch_drop_rate, config.drop_path_rate, config.hidden_dropout_prob) == (0.5, 0.25, 0.125)
-    assert tokens[-1][1] == 16 and 8 in {number for is_training, number in tokens if is_training}
+    assert 8 in {number for is_training, number in tokens if is_training} and tokens[-1][1] == 16
 
 
-@pytest.mark.parametrize(
-    "recipe, flags, drop_path_rate",
-    [
-        (None, ["--config_overrides", "none"], 0.0),
-        ("cifar10_5min", ["--config_overrides", "attention_probs_dropout_prob=0.0"], 0.1),
-        ("cifar10_5min", ["--config_overrides", "drop_path_rate=0.0"], 0.0),
-    ],
-)
-def test_a_checkpoint_keeps_its_own_rates_but_for_those_of_the_recipe(
-    tmp_path, checkpoint, recipe, flags, drop_path_rate
+@pytest.mark.parametrize("recipe", ["finetune", "cifar10_5min"])
+@pytest.mark.parametrize("overrides, drop_path_rate", [("none", 0.0), ("drop_path_rate=0.1", 0.1)])
+def test_a_checkpoint_keeps_its_own_rates_whatever_the_recipe_has_for_networks_of_its_own(
+    tmp_path, checkpoint, recipe, overrides, drop_path_rate
 ):
-    own = ["--recipe", recipe, "--torch_compile", "false", "--ema_decay", "none"] if recipe else []
-    run(tmp_path / "run", *own, *checkpoint, *flags, "--train_batch_size", 50)
-    config = ViTScratchForImageClassification.from_pretrained(tmp_path / "run" / "model").config
-    assert (config.hidden_dropout_prob, config.drop_path_rate) == (0.125, drop_path_rate)
-    started = ViTScratchForImageClassification.from_pretrained(tmp_path / "start" / "model").config
-    assert config.qk_norm == started.qk_norm is False  # what else the recipe says is for networks of its own
+    own = ["--torch_compile", "false", "--ema_decay", "none", "--recipe", recipe, "--train_batch_size", 50]
+    run(tmp_path / "run", *own, *checkpoint, "--config_overrides", overrides)
+    config = published(tmp_path / "run").config  # the recipe for five minutes has rates of its own, and qk_norm
+    assert (config.hidden_dropout_prob, config.drop_path_rate, config.qk_norm) == (0.125, drop_path_rate, False)
+
+
+def test_a_frozen_backbone_sees_every_patch(tmp_path, checkpoint, tokens):
+    run(tmp_path / "dropped", *checkpoint, "--config_overrides", "patch_drop_rate=0.5")
+    tokens.clear()
+    start = ["--dataset_name", "digits", "--model_name_or_path", str(tmp_path / "dropped" / "model")]
+    kept = ["--config_overrides", "none"]
+    run(tmp_path / "head", *start, *kept, "--finetune", "head", "--max_steps", 2, "--rotation_degrees", 5)
+    assert {number for _, number in tokens} == {16}
 
 
 @pytest.mark.parametrize(
@@ -275,13 +332,45 @@ def test_a_checkpoint_keeps_its_own_rates_but_for_those_of_the_recipe(
             "in training may be another share: hidden_dropout_prob,",
         ),
         (
+            # what the recipe has for networks of its own, given all the same
+            ["--recipe", "mnist", "--config_overrides", "zero_init_residual=true"],
+            "--config_overrides zero_init_residual has no effect here",
+        ),
+        (
             ["--finetune", "head", "--config_overrides", "drop_path_rate=0.1"],
             "--config_overrides has no effect here: the checkpoint's network is frozen but for its head",
         ),
+        (
+            ["--finetune", "last:1", "--config_overrides", "embedding_dropout_prob=0.1"],
+            "--config_overrides embedding_dropout_prob has no effect here: with --finetune last:1 what it acts on is",
+        ),
+        (["--finetune", "attention", "--config_overrides", "mlp_dropout_prob=0.1"], "mlp_dropout_prob has no effect"),
+        (["--finetune", "lora", "--config_overrides", "mlp_dropout_prob=0.1"], "mlp_dropout_prob has no effect here"),
         (["--config_overrides", "drop_path_rate=1.5"], r"drop_path_rate must lie in \[0, 1\), got 1.5"),
+        (["--config_overrides", "drop_path_rate=null"], "drop_path_rate"),
     ],
 )
 def test_what_cannot_be_changed_of_a_checkpoint_is_said_in_one_line(tmp_path, checkpoint, flags, message):
     with pytest.raises(UserError, match=message) as caught:
         run(tmp_path / "run", *checkpoint, *flags)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("own", [[], ["--config_overrides", "hidden_dropout_prob=0.1"]])
+def test_a_sweep_over_a_checkpoints_rates_is_checked_before_one_is_trained(own):
+    words = ["--recipe", "cifar10_5min", "--dataset_name", "digits", "--model_name_or_path", "a/b", *own]
+    plan = parse_sweep([*words, "--grid", "drop_path_rate=0.1,0.2"])
+    rates = [checkpoint_rates(run.recipe, run.chosen) for run in plan.runs]
+    own_rates = {"hidden_dropout_prob": 0.1} if own else {}
+    assert rates == [{**own_rates, "drop_path_rate": 0.1}, {**own_rates, "drop_path_rate": 0.2}]
+    with pytest.raises(UserError, match=r"drop_path_rate must lie in \[0, 1\), got 1.5"):
+        parse_sweep([*words, "--grid", "drop_path_rate=0.1,1.5"])
+    with pytest.raises(UserError, match="hidden_size has no effect here: the checkpoint decides the network"):
+        parse_sweep([*words, "--grid", "hidden_size=16,32"])
+
+
+def test_a_sweep_compares_patch_dropout_with_none():
+    words = ["--recipe", "digits", "--grid", "patch_drop_rate:full_size_step=0:none,0.5:0.6"]
+    assert [run.recipe.full_size_step for run in parse_sweep(words).runs] == [None, 0.6]
+    with pytest.raises(UserError, match=r"patch_drop_rate 0: --full_size_step has no effect here.* share an axis"):
+        parse_sweep(["--recipe", "digits", "--grid", "patch_drop_rate=0,0.5", "--full_size_step", "0.6"])

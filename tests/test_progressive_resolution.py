@@ -33,7 +33,7 @@ LEARNED = f"{TINY},position_embedding_type=learned"
 @pytest.mark.parametrize("size", [24, 20, 8])
 def test_a_shrunk_batch_is_each_image_resized_by_torchvision_and_by_pillow(size):
     batch = images(5, 3, 32, 32)
-    shrunk = Resolution(size).shrink(batch)
+    shrunk = Resolution(size, 0.6).shrink(batch)
     for image, found in zip(batch, shrunk, strict=True):
         assert torch.equal(found, tvF.resize(image, [size, size], antialias=True))
         for channel, values in zip(image, found, strict=True):

@@ -34,7 +34,7 @@ LAYERS = (
 HEIGHT = {unit: -row for row, units in enumerate(LAYERS) for unit in units}
 LONGEST_FILE = 450
 # The network is read in one sitting, from equation 1 to 4, and a Hub file cannot become a folder.
-LONGER_FILES = {f"{PACKAGE}/modeling_vit_scratch.py": 690}
+LONGER_FILES = {f"{PACKAGE}/modeling_vit_scratch.py": 700}
 
 
 def package_sources() -> dict[str, str]:

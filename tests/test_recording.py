@@ -37,7 +37,7 @@ def times_left(capsys):
 
 def test_the_time_left_knows_that_small_images_cost_less(clock, capsys):
     # 10,000 steps, 6,000 of them at 16 of 32 pixels: those take a second, the others four
-    resolution, config = Resolution(16), ViTScratchConfig(image_size=32, patch_size=4)
+    resolution, config = Resolution(16, 0.6), ViTScratchConfig(image_size=32, patch_size=4)
     progress = Progress(10_000, 0, True, work=lambda n: resolution.work(n, 10_000, config))
     for step in (100, 3000, 6000, 8000, 10_000):
         clock.now = 1000.0 + min(step, 6000) + 4 * max(0, step - 6000)

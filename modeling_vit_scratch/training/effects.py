@@ -8,7 +8,7 @@ from ..data.loading import is_resident
 from ..data.splits import Source
 from ..errors import UserError
 from .features import can_cache_features, drawn_of_images
-from .overrides import checkpoint_rates
+from .overrides import checkpoint_rates, parse_overrides
 from .recipes import Recipe
 from .time_budget import seconds_of
 
@@ -92,6 +92,10 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
         lambda r: not r.bce_loss or r.mixup_alpha == 0 == r.cutmix_alpha,
         "it goes with --bce_loss and --mixup_alpha or --cutmix_alpha",
     ),
+    "full_size_step": (
+        lambda r: r.full_size_step is not None and not _may_see_less(r),
+        "it goes with --initial_image_size or --config_overrides patch_drop_rate",
+    ),
 }
 
 # the same, for what only the data tells
@@ -124,6 +128,12 @@ def _copies_are_alike(recipe: Recipe) -> bool:
     return recipe.aug_repeats > 1 and not is_mirrored and not any(drawn_of_images(recipe))
 
 
+def _may_see_less(recipe: Recipe) -> bool:
+    """Whether a step may see smaller images or leave out patches; a checkpoint's network is not known yet."""
+    rate = parse_overrides(recipe.config_overrides).get("patch_drop_rate")
+    return recipe.initial_image_size is not None or recipe.model_name_or_path is not None or bool(rate)
+
+
 def _has_no_table(recipe: Recipe) -> bool:
     return recipe.train_dir is not None or recipe.dataset_name == "digits"
 
@@ -140,7 +150,7 @@ def check_recipe(recipe: Recipe, chosen: frozenset[str]):
     if recipe.time_budget is not None:
         seconds_of(recipe.time_budget)
     if recipe.model_name_or_path is not None:
-        checkpoint_rates(recipe)
+        checkpoint_rates(recipe, chosen)
     if recipe.aug_repeats > 1 and recipe.streaming:
         raise UserError(
             "--aug_repeats has no effect here: a stream shows each image once an epoch, as its shards come."

@@ -130,6 +130,25 @@ def _set_mode(module: nn.Module, is_around_training: bool):
         _set_mode(child, module.training)
 
 
+def refuse_idle_rates(model: ViTScratchForImageClassification, rates: dict[str, float | None], finetune: str):
+    """Raises UserError for a rate of what is left out in training that acts in frozen modules alone.
+
+    rates: those that a person gave, by the configuration's field; a rate of zero is asked for in vain nowhere.
+    """
+    set_train_mode(model)
+    # the others act beside every layer's branches or before the layers, of which each way of fine-tuning trains some
+    where: dict[str, list[nn.Module]] = {
+        "embedding_dropout_prob": [model.vit.embeddings.dropout],
+        "mlp_dropout_prob": [layer.mlp.hidden_dropout for layer in model.vit.layers],
+    }
+    idle = [name for name, modules in where.items() if rates.get(name) and not any(m.training for m in modules)]
+    model.eval()
+    if idle:
+        raise UserError(
+            f"--config_overrides {idle[0]} has no effect here: with --finetune {finetune} what it acts on is frozen."
+        )
+
+
 # ---------------------------------------------------------------- LoRA
 
 

@@ -136,7 +136,8 @@ def parse_arguments(arguments: list[str]) -> tuple[Recipe, frozenset[str]]:
 
 def combine(recipe: Recipe, chosen: dict[str, Any]) -> Recipe:
     """The recipe with the chosen fields over it; one kind of data or of length replaces the recipe's other, fields of
-    config_overrides join the recipe's, and the recipe finetune takes what goes with --finetune."""
+    config_overrides join the recipe's unless a checkpoint is fine-tuned, and the recipe finetune takes what goes with
+    --finetune."""
     changes = dict(chosen)
     if recipe.recipe == "finetune":
         changes = FINETUNING.get(chosen.get("finetune", recipe.finetune).partition(":")[0], {}) | changes
@@ -144,7 +145,7 @@ def combine(recipe: Recipe, chosen: dict[str, Any]) -> Recipe:
         if chosen.get("dataset_name") is not None:
             raise UserError("--train_dir and --dataset_name both name the training images: give one of them.")
         changes["dataset_name"] = None
-    if chosen.get("config_overrides") is not None:
+    if chosen.get("config_overrides") is not None and chosen.get("model_name_or_path") is None:
         changes["config_overrides"] = merged_overrides(recipe.config_overrides, chosen["config_overrides"])
     if any(chosen.get(name) is not None for name in LENGTHS):
         changes |= {name: None for name in LENGTHS if chosen.get(name) is None}

@@ -27,7 +27,7 @@ from .averaging import AveragedWeights, check_decay
 from .bad_images import leave_out_bad_images
 from .evaluation import Evaluation, evaluate
 from .features import HeadOnFeatures, cache_features, can_cache_features, start_from_ridge
-from .finetuning import head_rate_scale, prepare_finetuning, set_train_mode
+from .finetuning import head_rate_scale, prepare_finetuning, refuse_idle_rates, set_train_mode
 from .guard import FiniteGuard, poisoned
 from .interruptions import Interruptions
 from .machine import (
@@ -42,6 +42,7 @@ from .machine import (
 from .network import build_augmentation, build_network, source_of
 from .objectives import MultiLabel, Objective, SingleLabel
 from .optimization import build_optimizer, optimizer_warning, parameter_groups
+from .overrides import checkpoint_rates
 from .publishing import collect_results, final_scores, publish, save_model
 from .pushing import open_destination, push_at_end
 from .recipes import Recipe
@@ -104,6 +105,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     set_seed(derived_seed(recipe.seed, "initialisation") % 2**32)
     model, processor, loading_report = first_on_each_node(accelerator, lambda: build_network(recipe, chosen, source))
     num_parameters, finetuning = model.num_parameters(), prepare_finetuning(model, recipe)
+    if recipe.model_name_or_path is not None:
+        refuse_idle_rates(model, checkpoint_rates(recipe, chosen), recipe.finetune)
     decoder, augment = build_augmentation(recipe, processor)
     batch_size, num_samples, num_labels = recipe.train_batch_size, len(source.splits["train"]), len(source.class_names)
     if batch_size < world_size * (2 if recipe.streaming else 1):
@@ -199,7 +202,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         images = normalise(augment(batch.images, draws), *pixels, model.dtype)
         images, targets = augment.erase(images, draws), batch.labels
         options = {}
-        resolution.start(model, is_initial)
+        resolution.set_patch_dropout(model, is_initial)
         if is_initial and resolution.initial_size is not None:
             images, options = resolution.shrink(images), {"interpolate_pos_encoding": True}
         if is_mixed:
@@ -266,7 +269,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         guard.check(0.0, where_to_go_on)
         state.save()  # the number of steps is never measured again
     lines = [] if loading_report is None else [str(loading_report), str(finetuning)]
-    lines += resolution.stages(total_steps)
+    lines += resolution.stages(total_steps, model.config)
     eval_every, save_every = evaluation_interval(total_steps), in_steps(recipe.save_steps, total_steps)
     scored_every = eval_every if "validation" in held else None
     _announce(accelerator, source, num_parameters, lines, total_steps, batch_size, data, workers, scored_every)
@@ -323,7 +326,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
                 latest = score("validation")
                 record_evaluation(latest, position, recipe, metrics, accelerator, progress)
                 patience = recipe.early_stopping_patience
-                if position.step <= full_size_begins:  # a network of smaller images may stand still at full size
+                if position.step <= full_size_begins:  # trained on less of its images, a network may stand still
                     position.evaluations_since_best = 0
                 position.has_stopped_early = patience is not None and position.evaluations_since_best >= patience
             last |= position.has_stopped_early

@@ -56,7 +56,7 @@ def build_network(
         if recipe.model_name_or_path is not None:
             size = recipe.image_size if "image_size" in chosen else None
             wanted = (source.class_names, size, channels)
-            given = {"revision": recipe.model_revision, "rates": checkpoint_rates(recipe)}
+            given = {"revision": recipe.model_revision, "rates": checkpoint_rates(recipe, chosen)}
             model, report = load_pretrained(recipe.model_name_or_path, *wanted, **given)
             model.config.problem_type = problem_type
         else:

@@ -7,7 +7,7 @@ import yaml
 
 from ..configuration_vit_scratch import RATES_OF_TRAINING, architecture_fields
 from ..errors import UserError, unknown
-from .recipes import RECIPES, Recipe
+from .recipes import Recipe
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
@@ -36,29 +36,21 @@ def merged_overrides(first: str | None, second: str | None) -> str | None:
     return ",".join(parts.values()) or None
 
 
-def given_overrides(recipe: Recipe) -> set[str]:
-    """The fields that are not as the named recipe has them: those that a person gave."""
-    own = parse_overrides(RECIPES[recipe.recipe].config_overrides)
-    fields = parse_overrides(recipe.config_overrides)
-    return {name for name, value in fields.items() if name not in own or own[name] != value}
+def checkpoint_rates(recipe: Recipe, chosen: frozenset[str]) -> dict[str, Any]:
+    """What is changed of a checkpoint's network: the rates of training that a person gave. chosen: the fields that one
+    set; a recipe's own overrides are for networks of its own.
 
-
-def checkpoint_rates(recipe: Recipe) -> dict[str, Any]:
-    """What may be changed of a checkpoint's network: the rates of dropout among the overrides.
-
-    Raises UserError for another field that a person gave, and for any where the network is frozen.
+    Raises UserError for any other field, and for a network that is frozen.
     """
-    given = given_overrides(recipe)
-    if given and recipe.finetune == "head":
+    rates = parse_overrides(recipe.config_overrides) if "config_overrides" in chosen else {}
+    if rates and recipe.finetune == "head":
         raise UserError("--config_overrides has no effect here: the checkpoint's network is frozen but for its head.")
-    if others := sorted(given - set(RATES_OF_TRAINING)):
+    if others := [name for name in rates if name not in RATES_OF_TRAINING]:
         raise UserError(
             f"--config_overrides {others[0]} has no effect here: the checkpoint decides the network. What it leaves "
             f"out in training may be another share: {', '.join(RATES_OF_TRAINING)}."
         )
-    if recipe.finetune == "head":
-        return {}
-    return {name: v for name, v in parse_overrides(recipe.config_overrides).items() if name in RATES_OF_TRAINING}
+    return rates
 
 
 def _parts(text: str | None) -> list[str]:

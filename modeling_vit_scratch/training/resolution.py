@@ -16,7 +16,7 @@ import torch
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..errors import UserError
-from ..modeling_vit_scratch import ViTScratchForImageClassification
+from ..modeling_vit_scratch import ViTScratchForImageClassification, num_kept_patches
 from ..results.summary import training_flops
 from .features import can_cache_features
 from .recipes import FULL_SIZE_STEP, Recipe
@@ -40,6 +40,9 @@ class Resolution:
     patch_drop_rate: float = 0.0
     why_full: str | None = None
 
+    def __post_init__(self):
+        assert self.initial_size is None or self.full_size_step is not None, "small images end at a step"
+
     @property
     def is_progressive(self) -> bool:
         return self.full_size_step is not None
@@ -57,10 +60,20 @@ class Resolution:
                 f"train longer, or give a share of all steps such as {FULL_SIZE_STEP:g}."
             )
 
-    def start(self, model: ViTScratchForImageClassification, is_initial: bool):
-        """Makes the network leave out what a step of this kind does."""
-        is_on = is_initial or not self.is_progressive
-        model.vit.patch_dropout.rate = self.patch_drop_rate if is_on else 0.0
+    def rate(self, is_initial: bool) -> float:
+        """The share of patches that is left out in one of the first steps, or in one of the others."""
+        return self.patch_drop_rate if is_initial or not self.is_progressive else 0.0
+
+    def patches(self, config: ViTScratchConfig, is_initial: bool) -> tuple[int, int]:
+        """(patches that the network sees of an image in such a step, all patches of that image)."""
+        is_small = is_initial and self.initial_size is not None
+        grid = config.patch_grid_of(self.initial_size, self.initial_size) if is_small else config.patch_grid
+        number = grid[0] * grid[1]
+        return num_kept_patches(number, self.rate(is_initial)), number
+
+    def set_patch_dropout(self, model: ViTScratchForImageClassification, is_initial: bool):
+        """Makes the network leave out what such a step does."""
+        model.vit.patch_dropout.rate = self.rate(is_initial)
 
     def shrink(self, images: torch.Tensor) -> torch.Tensor:
         """Floats (B, C, H, W) -> (B, C, initial, initial): bilinear, each new pixel a mean over all that it covers."""
@@ -70,54 +83,56 @@ class Resolution:
     def work(self, steps: int, total_steps: int, config: ViTScratchConfig) -> float:
         """What the first `steps` of a run cost, in steps of the last kind: a first one counts as its patches do."""
         initial = min(steps, self.num_initial_steps(total_steps))
-        height, width = config.image_height_width
-        pixels = 1.0 if self.initial_size is None else self.initial_size**2 / (height * width)
-        return steps - initial * (1 - pixels * (1 - self.patch_drop_rate))
+        (first, _), (other, _) = self.patches(config, True), self.patches(config, False)
+        return steps - initial * (1 - first / other)
 
     def pflop(self, config: ViTScratchConfig, steps: int, total_steps: int, batch_size: int) -> float:
         """PFLOP of the first `steps` of a run that trains all of the network: see results/summary.training_flops."""
         initial = min(steps, self.num_initial_steps(total_steps))
-        always = 0.0 if self.is_progressive else self.patch_drop_rate
-        flops = (steps - initial) * training_flops(config, patch_drop_rate=always)
+        flops = (steps - initial) * training_flops(config, patch_drop_rate=self.rate(False))
         if initial:
             size = None if self.initial_size is None else (self.initial_size, self.initial_size)
-            flops += initial * training_flops(config, size, self.patch_drop_rate)
+            flops += initial * training_flops(config, size, self.rate(True))
         return flops * batch_size / 1e15
 
-    def stages(self, total_steps: int) -> list[str]:
+    def stages(self, total_steps: int, config: ViTScratchConfig) -> list[str]:
         """What is said of what is left out, a line or two; nothing where nothing is."""
         lines = [] if self.why_full is None else [f"note: all images have their full size: {self.why_full}"]
-        size = [] if self.initial_size is None else [f"at {self.initial_size} pixels"]
-        left_out = [f"without {self.patch_drop_rate:.4g} of the patches"] if self.patch_drop_rate else []
+        parts = [] if self.initial_size is None else [f"at {self.initial_size} pixels"]
+        if self.patch_drop_rate:
+            kept, number = self.patches(config, is_initial=True)
+            parts.append(f"with {kept} of {number} patches, drawn anew for each image")
         if self.is_progressive:
             initial = self.num_initial_steps(total_steps)
-            first = f"{steps_text(initial)} {' and '.join(size + left_out)}"
-            rest = "at full size" if size else "with all"
-            lines.append(f"{first}, then {total_steps - initial:,} {rest}")
-        elif left_out:
-            lines.append(f"every step {left_out[0]} of each image")
+            rest = "with all" if self.initial_size is None else "at full size"
+            lines.append(f"{steps_text(initial)} {' '.join(parts)}, then {total_steps - initial:,} {rest}")
+        elif parts:
+            lines.append(f"every step {parts[0]}")
         return lines
 
 
 def resolution_of(recipe: Recipe, chosen: frozenset[str], config: ViTScratchConfig, num_samples: int) -> Resolution:
     """What this network sees of the recipe's images, of so many. chosen: the fields that a person set.
 
-    Raises UserError for an initial size that is not smaller than the network's or that its patches do not fill, and
-    for a run that sees its images once, as features, or that trains a specimen. Where the size is the named recipe's
-    own, made for its network, all images are full instead, which the run says.
+    Raises UserError for an initial size that is not smaller than the network's or that its patches do not fill, for
+    a run that sees its images once, as features, or that trains a specimen, and for a full_size_step where nothing is
+    left out. Where the size is the named recipe's own, made for its network, all images are full instead, which the
+    run says.
     """
     why_full = _why_full(recipe, chosen, config, num_samples)
     size = recipe.initial_image_size if why_full is None else None
     rate = config.patch_drop_rate if recipe.finetune != "head" else 0.0  # a frozen backbone sees every patch
-    if recipe.initial_image_size is None and not rate and "full_size_step" in chosen:
-        raise UserError(
-            "--full_size_step has no effect here: it goes with --initial_image_size or with the network's "
-            "patch_drop_rate."
-        )
     step = recipe.full_size_step
-    if size is None:
-        return Resolution(None, step if rate else None, rate, why_full)
-    return Resolution(size, FULL_SIZE_STEP if step is None else step, rate)
+    if size is None and not rate:
+        if step is not None:
+            raise UserError(
+                "--full_size_step has no effect here: it goes with --initial_image_size, or with the patch_drop_rate "
+                "of a network that is trained."
+            )
+        return Resolution(why_full=why_full)
+    if step is None and recipe.initial_image_size is not None:
+        step = FULL_SIZE_STEP
+    return Resolution(size, step, rate, why_full)
 
 
 def _why_full(recipe: Recipe, chosen: frozenset[str], config: ViTScratchConfig, num_samples: int) -> str | None:

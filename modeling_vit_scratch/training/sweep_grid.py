@@ -14,8 +14,8 @@ from ..errors import UserError, unknown
 from ..results.sweep_plot import value_text, values_text
 from . import effects
 from .flags import Parser, parse_arguments, parse_value
-from .overrides import given_overrides, merged_overrides, parse_overrides, split_outside_brackets
-from .recipes import FIELDS, Recipe
+from .overrides import checkpoint_rates, merged_overrides, parse_overrides, split_outside_brackets
+from .recipes import FIELDS, RECIPES, Recipe
 
 LONGEST_NAME = 120  # letters of a run's folder; longer names are cut and end in a digest
 TOGETHER = 'Fields that must change together share an axis: --grid "pooling:use_cls_token=cls:true,mean:false".'
@@ -129,7 +129,9 @@ def parse_sweep(arguments: list[str]) -> Plan:
         raise UserError("--push_to_hub would push every run of a sweep: leave it out and `vit-scratch push` the best.")
     axes = [parse_axis(text) for text in own.grid]
     fields = [name for axis in axes for name in axis.names]
-    given_fields = given_overrides(base)
+    recipes_own = parse_overrides(RECIPES[base.recipe].config_overrides)
+    overrides = parse_overrides(base.config_overrides).items()
+    given_fields = {name for name, value in overrides if name not in recipes_own or recipes_own[name] != value}
     for name in fields:
         if fields.count(name) > 1:
             raise UserError(f"--grid names {name} twice: put all its values on one axis.")
@@ -213,13 +215,14 @@ def combined_run(folder: Path, words: list[str], axes: list[Axis], places: tuple
         recipe, chosen = parse_arguments([*words, *flags])
         if fields:
             swept = ",".join(f"{name}={text}" for name, text in fields.items())
-            overrides = merged_overrides(recipe.config_overrides, swept)
+            is_own = recipe.model_name_or_path is not None and "config_overrides" not in chosen
+            overrides = merged_overrides(None if is_own else recipe.config_overrides, swept)  # own: no checkpoint's
             recipe, chosen = recipe.replace(config_overrides=overrides), chosen | {"config_overrides"}
         is_idle, _ = effects.IDLE_IN_RECIPE["metric_for_best_model"]
         if is_idle(recipe):  # idle in the run, but not in the sweep, which is ranked by it
             chosen -= {"metric_for_best_model"}
         effects.check_recipe(recipe, chosen)
-        check_network(recipe)
+        check_network(recipe, chosen)
     except UserError as error:
         hint = f" {TOGETHER}" if fields else ""
         raise UserError(f"{values_text(values)}: {error}{hint}") from error
@@ -227,16 +230,17 @@ def combined_run(folder: Path, words: list[str], axes: list[Axis], places: tuple
     return Run(name, values, seed, recipe.replace(output_dir=str(folder / name)), chosen)
 
 
-def check_network(recipe: Recipe):
+def check_network(recipe: Recipe, chosen: frozenset[str]):
     """Raises UserError for a network that could not be built whatever the data."""
     if recipe.model_name_or_path is not None:
-        return
-    if recipe.preset not in PRESETS:
-        raise unknown("preset", recipe.preset, PRESETS)
-    overrides = parse_overrides(recipe.config_overrides)
-    fields = {**PRESETS[recipe.preset], **overrides}
-    # the images decide their size, where nobody else does: one patch fits every network
-    fields["image_size"] = recipe.image_size or overrides.get("image_size") or fields.get("patch_size", 16)
+        fields = checkpoint_rates(recipe, chosen)
+    else:
+        if recipe.preset not in PRESETS:
+            raise unknown("preset", recipe.preset, PRESETS)
+        overrides = parse_overrides(recipe.config_overrides)
+        fields = {**PRESETS[recipe.preset], **overrides}
+        # the images decide their size, where nobody else does: one patch fits every network
+        fields["image_size"] = recipe.image_size or overrides.get("image_size") or fields.get("patch_size", 16)
     try:
         ViTScratchConfig(**fields)
     except Exception as error:  # the configuration says what is wrong and what would work

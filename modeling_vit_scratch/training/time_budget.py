@@ -43,7 +43,7 @@ def command_began() -> float:
 class Rehearsal:
     """What a run costs, measured before it: seconds a step, and seconds to evaluate each held-out split.
 
-    initial_step_seconds: of a step on the smaller images of the first steps, where there are such.
+    initial_step_seconds: of one of the first steps, where those see less of their images.
     """
 
     step_seconds: float
@@ -64,7 +64,7 @@ class Rehearsal:
         """The most steps that end, with their evaluations and the final ones, within `seconds`; at least one.
 
         evaluations_in, initial_steps_in: how many evaluations of the validation split a run of so many steps makes, and
-        how many of the steps are on smaller images.
+        how many of the steps are such first ones.
         """
         final = sum(self.evaluation_seconds.values()) + SECONDS_FOR_PUBLISHING
         each = self.evaluation_seconds.get("validation", 0.0)

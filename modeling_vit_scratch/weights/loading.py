@@ -50,7 +50,7 @@ def load_pretrained(
     num_channels: int | None = None,
     num_attention_heads: int | None = None,
     revision: str | None = None,
-    rates: dict[str, float] | None = None,
+    rates: dict[str, float | None] | None = None,
 ) -> tuple[ViTScratchForImageClassification, LoadingReport]:
     """The checkpoint's network in float32 for these classes, this image size and these channels, and the report.
 
@@ -65,10 +65,11 @@ def load_pretrained(
     reading = _read_with_pixels(name_or_path, num_attention_heads, revision)
     if class_names is None and not reading.has_head:
         raise UserError(f"{name_or_path} {reading.no_head}: fine-tune it, with the names of your classes.")
-    wanted: dict[str, Any] = {"image_size": image_size, "num_channels": num_channels, **(rates or {})}
+    wanted: dict[str, Any] = {"image_size": image_size, "num_channels": num_channels}
     if class_names is not None:
         wanted |= labels(class_names)
-    return network_of(reading, {name: value for name, value in wanted.items() if value is not None})
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    return network_of(reading, wanted | (rates or {}))  # a rate may be None, which is "as hidden_dropout_prob"
 
 
 def _read_with_pixels(name_or_path: str, num_attention_heads: int | None, revision: str | None = None) -> Reading:
