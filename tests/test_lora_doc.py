@@ -77,4 +77,8 @@ def test_the_table_is_the_recorded_one():
 def test_the_recorded_sizes_are_what_a_network_gives(tmp_path):
     recorded = json.loads((ROOT / "benchmarks" / "results" / "finetuning-sizes.json").read_text(encoding="utf-8"))
     row = finetuning_sizes.measure("vit_s_16", 10, {"finetune": "lora"}, tmp_path)
-    assert row in recorded["results"]
+    same = next(
+        other for other in recorded["results"] if (other["preset"], other["mode"]) == (row["preset"], row["mode"])
+    )
+    # an adapter's bytes are those of its configuration too, which differs from version to version of peft
+    assert row == {**same, "trained_bytes": pytest.approx(same["trained_bytes"], rel=0.01)}

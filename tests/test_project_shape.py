@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "modeling_vit_scratch"
@@ -238,6 +239,18 @@ def test_the_version_can_be_read_without_importing_torch():
     body = ast.parse((ROOT / PACKAGE / "__init__.py").read_text(encoding="utf-8")).body
     versions = [node.value for node in body if isinstance(node, ast.Assign) and _names(node) == ["__version__"]]
     assert len(versions) == 1 and isinstance(ast.literal_eval(versions[0]), str)
+
+
+def test_the_oldest_versions_that_are_tested_are_those_that_are_promised():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg", encoding="utf-8")
+    words = [settings["options"]["install_requires"], settings["options.extras_require"]["lora"]]
+    promised = dict(re.findall(r"^([\w-]+)>=([\d.]+\d)", "\n".join(words), flags=re.MULTILINE))
+    tested = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / ".ci" / "oldest.txt").read_text(), flags=re.MULTILINE))
+    assert set(tested) == set(promised) - {"torch", "torchvision"}
+    assert {name: Version(version) for name, version in tested.items()} == {
+        name: Version(promised[name]) for name in tested
+    }
 
 
 # ---------------------------------------------------------------- the README's commands

@@ -180,6 +180,8 @@ def test_a_launch_that_started_fewer_processes_than_asked_is_an_error(tmp_path):
     done = launch(2, "--max_steps", 1, "--output_dir", tmp_path / "run", ACCELERATE_USE_CPU="false")
     if torch.cuda.is_available():
         pytest.skip("two processes on GPUs are a good launch")
+    if "2 process(es) on cpu" in done.stdout:
+        pytest.skip("this launcher starts two processes on the CPU though it was told not to: a good launch (1.12)")
     assert done.returncode != 0
     assert "2 processes were launched, but each of them is on its own (1)." in done.stderr
     assert done.stderr.count("error: 2 processes") == 1
