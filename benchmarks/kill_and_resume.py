@@ -7,9 +7,10 @@ python benchmarks/kill_and_resume.py --kills 20 --streaming --num_processes 2   
 
 SIGKILL strikes at drawn moments: while a run starts, trains, writes a checkpoint, or scores and publishes at its end.
 With two processes it strikes all of them or one rank alone, after which the other must end by itself within a minute.
-The network has dropout and stochastic depth, the images RandAugment, erasing, mixup and CutMix, the weights an average;
-images are generated. What must be equal, bit for bit: the weights, the averaged weights, the optimizer's state, the
-published model, the scores, and metrics.jsonl without its timings. The exit code is 1 where anything differs.
+The network has dropout, stochastic depth and patch dropout, the images flips, RandAugment, colour jitter, erasing,
+mixup and CutMix, the weights an average; images are generated. What must be equal, bit for bit: the weights, the
+averaged weights, the optimizer's state, the published model, the scores, and metrics.jsonl without its timings. The
+exit code is 1 where anything differs.
 
 One process is forked from a server that has imported everything, so that a kill costs about a second and not the ten
 of importing. Each start takes the next of --dataloader_num_workers.

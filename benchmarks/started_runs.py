@@ -77,10 +77,12 @@ def write_shards(folder: Path, split: str, images: list[Any], labels: list[int],
 
 
 NETWORK = "patch_size=4,hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
-# everything that draws: dropout and stochastic depth, augmentation, mixing, with averaged weights
+# everything that draws: dropout of units, branches and patches, augmentation, mixing, with averaged weights
 RANDOM = {
-    "config_overrides": f"{NETWORK},hidden_dropout_prob=0.1,drop_path_rate=0.1", "auto_augment": "randaugment",
-    "random_erasing_prob": 0.25, "mixup_alpha": 0.8, "cutmix_alpha": 1.0, "ema_decay": 0.9,
+    "config_overrides": f"{NETWORK},hidden_dropout_prob=0.1,drop_path_rate=0.1,patch_drop_rate=0.25",
+    "full_size_step": 0.7, "auto_augment": "randaugment", "color_jitter": 0.3, "vertical_flip_prob": 0.25,
+    "random_erasing_prob": 0.25, "mixup_alpha": 0.8, "cutmix_alpha": 1.0, "bce_loss": "true", "bce_target_thresh": 0,
+    "ema_decay": 0.9,
 }  # fmt: skip
 
 
