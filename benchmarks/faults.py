@@ -186,7 +186,10 @@ def corrupt_image(bench: Bench) -> Iterator[Outcome]:
 
 def corrupt_image_skipped(bench: Bench) -> Iterator[Outcome]:
     """One process leaves it out as if it had never been there, and two agree with one."""
-    plain = {"config_overrides": NETWORK, "mixup_alpha": 0, "cutmix_alpha": 0, "train_val_split": 0, "eval_steps": None}
+    plain = {
+        "config_overrides": NETWORK, "full_size_step": None, "mixup_alpha": 0, "cutmix_alpha": 0,
+        "bce_target_thresh": None, "train_val_split": 0, "eval_steps": None,
+    }  # fmt: skip
     data, without = bench.copy_of_set("set-skipped"), bench.copy_of_set("set-without")
     change_rows(last_shard(data), cut_image)
     change_rows(last_shard(without), lambda rows: rows[:100] + rows[101:])
