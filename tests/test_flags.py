@@ -5,7 +5,7 @@ import json
 import pytest
 
 from modeling_vit_scratch.errors import UserError
-from modeling_vit_scratch.training.flags import build_parser, main, parse_arguments
+from modeling_vit_scratch.training.flags import build_parser, exit_code, main, parse_arguments
 from modeling_vit_scratch.training.overrides import merged_overrides, parse_overrides
 from modeling_vit_scratch.training.recipes import FIELDS, GROUPS, MAY_CHANGE_ON_RESUME, RECIPES
 
@@ -148,3 +148,14 @@ def test_overrides_are_typed_and_may_hold_lists():
         parse_overrides("poling=mean")
     with pytest.raises(UserError, match="takes \"field=value,field=value\", got 'mean'"):
         parse_overrides("mean")
+
+
+def test_a_decoding_process_that_is_killed_while_the_network_computes_is_one_line_too(capsys):
+    def act(text):
+        raise RuntimeError(text)  # torch's signal handler raises it in whatever the main thread does
+
+    assert exit_code(lambda: act("DataLoader worker (pid 7) is killed by signal: Killed. ")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: A process that decodes images was killed, often because") and said.count("\n") == 1
+    with pytest.raises(RuntimeError, match="shapes"):
+        exit_code(lambda: act("shapes do not fit"))

@@ -354,6 +354,20 @@ def _leave_process_group(_worker: int):
         os.setpgid(0, 0)
 
 
+def lost_worker(error: RuntimeError, num_workers: int | None = None) -> UserError | None:
+    """What to say where the error is that a decoding process was killed, else None.
+
+    torch raises it by a signal's handler: in whatever the main thread does just then, a step of the network too.
+    """
+    if "DataLoader worker" not in str(error):
+        return None
+    now = "" if num_workers is None else f" (now {num_workers})"
+    return UserError(
+        "A process that decodes images was killed, often because memory ran out: use fewer --dataloader_num_workers"
+        f"{now}. The same command goes on from the last checkpoint."
+    )
+
+
 def _load(dataset: Any, num_workers: int, sampler: range | None = None, pins: bool = True) -> Iterator[Batch | None]:
     # a generator of its own: a DataLoader without one draws its base seed from the global one, which is the model's
     loader = DataLoader(
@@ -373,12 +387,9 @@ def _load(dataset: Any, num_workers: int, sampler: range | None = None, pins: bo
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            item = lost_worker(error, num_workers)
+            if item is None:
                 raise
-            item = UserError(
-                "A process that decodes images was killed, often because memory ran out: use fewer "
-                f"--dataloader_num_workers (now {num_workers}). The same command goes on from the last checkpoint."
-            )
         if isinstance(item, UserError):
             item.met_alone = True
             raise item

@@ -189,6 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def exit_code(act: Callable[[], object]) -> int:
     """The exit code of a command, its errors said in one line: 0 done, 2 something to mend, 3 stopped by a signal."""
+    from ..data.loading import lost_worker
     from ..results.record import TOKEN
     from .loop import Interrupted
 
@@ -198,6 +199,11 @@ def exit_code(act: Callable[[], object]) -> int:
         if error.met_alone or os.environ.get("LOCAL_RANK", "0") == "0":
             text = TOKEN.sub("hf_***", " ".join(str(error).split()))
             print(f"error: {text}", file=sys.stderr, flush=True)
+        return 2
+    except RuntimeError as error:
+        if (lost := lost_worker(error)) is None:
+            raise
+        print(f"error: {lost}", file=sys.stderr, flush=True)
         return 2
     except (OSError, SafetensorError) as error:  # written besides checkpoints: metrics, scores, the report, model/
         if "No space left" not in str(error) and getattr(error, "errno", None) not in FULL:
