@@ -1,6 +1,7 @@
 """What several tests share: small sets of images, made on the spot. No test needs a network or a dataset on disk."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from modeling_vit_scratch import functions_vit_scratch
+from modeling_vit_scratch.modeling_vit_scratch import ViTScratchLayer
 
 datasets.disable_progress_bars()
 torch.set_num_threads(1)  # the networks are tiny: a second thread costs more than it brings
@@ -78,3 +80,17 @@ def image_folder(tmp_path):
         return root
 
     return make
+
+
+@pytest.fixture
+def tokens() -> Iterator[list[tuple[bool, int]]]:
+    """Of each batch that a layer sees from here on: whether it trains on it, and how many tokens an image has."""
+    found = []
+
+    def look(module, arguments):
+        if isinstance(module, ViTScratchLayer) and not arguments[0].is_meta:
+            found.append((module.training, arguments[0].shape[1]))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    yield found
+    hook.remove()

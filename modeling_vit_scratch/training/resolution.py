@@ -75,6 +75,12 @@ class Resolution:
         """Makes the network leave out what such a step does."""
         model.vit.patch_dropout.rate = self.rate(is_initial)
 
+    def published_rate(self, config: ViTScratchConfig, steps: int, total_steps: int) -> float:
+        """patch_drop_rate of a network after so many steps: 0 where it has come to see all, so that who trains it on
+        does not begin by leaving patches out."""
+        has_seen_all = self.is_progressive and steps > self.num_initial_steps(total_steps)
+        return 0.0 if has_seen_all else config.patch_drop_rate
+
     def shrink(self, images: torch.Tensor) -> torch.Tensor:
         """Floats (B, C, H, W) -> (B, C, initial, initial): bilinear, each new pixel a mean over all that it covers."""
         size = (self.initial_size, self.initial_size)
@@ -115,16 +121,16 @@ def resolution_of(recipe: Recipe, chosen: frozenset[str], config: ViTScratchConf
     """What this network sees of the recipe's images, of so many. chosen: the fields that a person set.
 
     Raises UserError for an initial size that is not smaller than the network's or that its patches do not fill, for
-    a run that sees its images once, as features, or that trains a specimen, and for a full_size_step where nothing is
-    left out. Where the size is the named recipe's own, made for its network, all images are full instead, which the
-    run says.
+    a run that sees its images once, as features, or that trains a specimen, and for a chosen full_size_step where
+    nothing is left out. Where the size is the named recipe's own, made for its network, all images are full instead,
+    which the run says.
     """
     why_full = _why_full(recipe, chosen, config, num_samples)
     size = recipe.initial_image_size if why_full is None else None
     rate = config.patch_drop_rate if recipe.finetune != "head" else 0.0  # a frozen backbone sees every patch
     step = recipe.full_size_step
     if size is None and not rate:
-        if step is not None:
+        if step is not None and "full_size_step" in chosen:
             raise UserError(
                 "--full_size_step has no effect here: it goes with --initial_image_size, or with the patch_drop_rate "
                 "of a network that is trained."
