@@ -46,11 +46,11 @@ def our_run(dataset: str, precision: str, steps: int, is_stream: bool, folder: P
     network = {
         "hidden_size": shape.hidden_size, "num_hidden_layers": shape.num_layers, "pooling": "cls",
         "num_attention_heads": shape.num_heads, "intermediate_size": shape.hidden_size * shape.mlp_ratio,
-        "use_cls_token": "true",
+        "use_cls_token": "true", "patch_drop_rate": 0,
     }  # fmt: skip
     flags = {
         "recipe": "cifar10", "optim": "adamw", "dataset_name": dataset, "train_batch_size": BATCH_SIZE,
-        "initial_image_size": "none", "max_steps": steps,
+        "max_steps": steps,
         "config_overrides": ",".join(f"{name}={value}" for name, value in network.items()), "report_to": "none",
         "logging_steps": LOGGING_STEPS, "eval_steps": EVAL_STEPS, "train_val_split": NUM_VALIDATION / 50_000,
         "output_dir": folder, "save_steps": steps,

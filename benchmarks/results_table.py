@@ -21,11 +21,12 @@ RUNS = ROOT / "benchmarks" / "results" / "runs"
 
 
 def read_runs(folder: Path = RUNS) -> dict[str, list[dict[str, Any]]]:
-    """The recorded runs by the command that they share, seeds left out."""
+    """The recorded runs by the command that they share, seeds left out; `command_today` is what does the same where the
+    recipe has become another since."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(folder.glob("*.json")):
         run = json.loads(file.read_text(encoding="utf-8"))
-        command = re.sub(r" --seed \S+", "", run["command"])
+        command = re.sub(r" --seed \S+", "", run.get("command_today", run["command"]))
         groups.setdefault(command, []).append(run)
     return groups
 

@@ -206,7 +206,8 @@ def num_kept_patches(num_patches: int, patch_drop_rate: float) -> int:
 class ViTScratchPatchDropout(nn.Module):
     """PatchDropout (2208.07220): leaves patches out, others for each image, when training; prefix tokens stay.
 
-    (B, prefix + Gh*Gw, D) -> (B, N, D), patches in another order, and their indices (B, N), or None where all stay.
+    (B, prefix + Gh*Gw, D), noise (B, Gh*Gw) or None to draw it -> (B, N, D), patches in another order, and their
+    indices (B, N), or None where all stay. Raises ValueError for noise of another shape.
     """
 
     def __init__(self, config: ViTScratchConfig):
@@ -214,13 +215,16 @@ class ViTScratchPatchDropout(nn.Module):
         self.rate = config.patch_drop_rate
         self.num_prefix_tokens = config.num_prefix_tokens
 
-    def forward(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, embeddings: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not self.training or self.rate == 0.0:
             return embeddings, None
         batch_size, num_tokens, width = embeddings.shape
         num_patches, device = num_tokens - self.num_prefix_tokens, embeddings.device
-        kept = torch.randn(batch_size, num_patches, device=device).argsort(dim=1)
-        kept = kept[:, : num_kept_patches(num_patches, self.rate)]
+        if noise is None:
+            noise = torch.randn(batch_size, num_patches, device=device)
+        elif noise.shape != (batch_size, num_patches):
+            raise ValueError(f"noise must be of shape {(batch_size, num_patches)}, got {tuple(noise.shape)}.")
+        kept = noise.argsort(dim=1)[:, : num_kept_patches(num_patches, self.rate)]
         prefix = torch.arange(self.num_prefix_tokens, device=device).expand(batch_size, -1)
         kept = torch.cat((prefix, kept + self.num_prefix_tokens), dim=1)  # (B, N)
         return embeddings.gather(1, kept[:, :, None].expand(-1, -1, width)), kept
@@ -548,20 +552,21 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encodes images.
 
         pixel_values: (B, C, H, W), normalised as the image processor does. interpolate_pos_encoding: True admits
-        another image size than the configuration's. attention_mask: (B, N) of all tokens, 1 for those to
-        attend to; it hides tokens from each other, not from mean pooling.
-        Raises ValueError for a wrong number of channels or an image size that does not fit.
+        another image size than the configuration's. attention_mask: (B, N) of all tokens, 1 for those to attend to;
+        it hides tokens from each other, not from mean pooling. noise: (B, patches), those with the least of it stay
+        in training with patch_drop_rate, as in ViTMAE; else it is drawn. Raises ValueError for a shape that cannot be.
         """
         if pixel_values is None or pixel_values.ndim != 4:
             shape = None if pixel_values is None else tuple(pixel_values.shape)
             raise ValueError(f"pixel_values must be (batch, channels, height, width), got {shape}.")
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        hidden_states, kept = self.patch_dropout(self.embeddings(pixel_values, interpolate_pos_encoding))  # (B, N, D)
+        hidden_states, kept = self.patch_dropout(self.embeddings(pixel_values, interpolate_pos_encoding), noise)
 
         rotary_tables = None
         if self.config.position_embedding_type == "rope2d":
@@ -671,16 +676,18 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         """Classifies images; with labels (see image_classification_loss), gives the loss too.
 
-        pixel_values, interpolate_pos_encoding, attention_mask: as ViTScratchModel's.
+        pixel_values, interpolate_pos_encoding, attention_mask, noise: as ViTScratchModel's.
         """
         outputs: BaseModelOutputWithPooling = self.vit(
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             attention_mask=attention_mask,
+            noise=noise,
             **kwargs,
         )
         logits = self.classifier(outputs.pooler_output)  # (B, K)

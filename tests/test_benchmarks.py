@@ -1,7 +1,10 @@
 """The README's numbers are those of the recorded runs."""
 
+import shlex
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -9,10 +12,30 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import finetuning  # noqa: E402
 import results_table  # noqa: E402
 
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification  # noqa: E402
+from modeling_vit_scratch.training import effects  # noqa: E402
+from modeling_vit_scratch.training.flags import parse_arguments  # noqa: E402
+from modeling_vit_scratch.training.overrides import parse_overrides  # noqa: E402
+from modeling_vit_scratch.training.resolution import resolution_of  # noqa: E402
+
 
 def test_the_table_of_scores_in_the_readme_is_made_from_the_recorded_runs():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert results_table.with_scores(readme) == readme
+
+
+def test_the_commands_of_recorded_runs_still_train_what_they_trained():
+    for run in (run for runs in results_table.read_runs().values() for run in runs):
+        words = run.get("command_today", run["command"]).partition("run_train.py ")[2]
+        recipe, chosen = parse_arguments(shlex.split(words))
+        effects.check_recipe(recipe, chosen)
+        assert (recipe.recipe, recipe.seed) == (run["recipe"], run["seed"])
+        overrides = parse_overrides(recipe.config_overrides)
+        config = ViTScratchConfig.from_preset(recipe.preset, num_labels=len(run["class_names"]), **overrides)
+        assert ViTScratchForImageClassification(config).num_parameters() == run["num_parameters"]
+        resolution = resolution_of(recipe, chosen, config, run["dataset"]["splits"]["train"])
+        pflop = resolution.pflop(config, run["steps"], run["steps"], recipe.train_batch_size)
+        assert "train_pflop" not in run or pflop == pytest.approx(run["train_pflop"], rel=1e-6), run["command"]
 
 
 def test_a_changed_number_in_the_readme_would_be_seen():

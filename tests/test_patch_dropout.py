@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import transformers
 from small_vit import build, images
 from test_modeling_oracles import FROM_TIMM, assert_same, ours_with, randomised, rename
 from test_run_options import assert_killed_runs_end_alike
-from test_run_train import TINY, equal, run, weights
+from test_run_train import TINY, equal, launch, metrics, run, weights
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
 
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
 from modeling_vit_scratch.errors import UserError
@@ -67,7 +69,7 @@ def test_with_the_same_draws_logits_and_gradients_are_those_of_timms_patch_dropo
 
 @pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("fields", NETWORKS.values(), ids=NETWORKS)
-def test_what_stays_is_as_if_the_rest_were_masked_and_keeps_its_position(monkeypatch, fields, is_masked):
+def test_what_stays_is_as_if_the_rest_were_masked_and_keeps_its_position(fields, is_masked):
     model = build(ViTScratchModel, patch_drop_rate=0.5, **fields).train()
     model.set_attn_implementation("eager")
     prefix = model.config.num_prefix_tokens
@@ -82,8 +84,7 @@ def test_what_stays_is_as_if_the_rest_were_masked_and_keeps_its_position(monkeyp
     expected = model.eval()(images(), attention_mask=stays if mask is None else stays * mask).last_hidden_state
     expected = expected.gather(1, kept[:, :, None].expand(-1, -1, 32))
     pixel_values = images()
-    monkeypatch.setattr(torch, "randn", lambda *_, **__: scores)  # the patches with the least scores stay
-    found = model.train()(pixel_values, attention_mask=mask).last_hidden_state
+    found = model.train()(pixel_values, attention_mask=mask, noise=scores).last_hidden_state
     visible = torch.ones_like(kept) if mask is None else mask.gather(1, kept)
     torch.testing.assert_close(found[visible == 1], expected[visible == 1], rtol=1e-5, atol=1e-5)
 
@@ -92,13 +93,26 @@ def test_each_patch_of_each_image_stays_as_often_as_the_rate_says_and_prefix_tok
     dropout = ViTScratchPatchDropout(build(patch_drop_rate=0.25, num_register_tokens=2).config).train()
     torch.manual_seed(0)
     tokens = torch.arange(19.0)[None, :, None].expand(2000, -1, 4)
-    left, kept = dropout(tokens)
+    left, kept = dropout(tokens, noise=None)
     assert left.shape == (2000, 3 + 12, 4) and torch.equal(left[:, :, 0], kept.float())
     assert torch.equal(kept[:, :3], torch.arange(3).expand(2000, -1))
     counts = kept[:, 3:].flatten().bincount(minlength=19)
     assert not counts[:3].any() and (counts[3:] - 1500).abs().max() < 100  # of 2,000 with deviations of 19
     assert all(len(set(row.tolist())) == 15 for row in kept)
     assert len({tuple(sorted(row.tolist())) for row in kept[:50]}) > 45  # each image has its own
+
+
+def test_noise_says_which_patches_stay_as_transformers_mae_has_it():
+    theirs = transformers.ViTMAEConfig(image_size=8, patch_size=2, mask_ratio=0.5)
+    noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(2))
+    tokens = torch.randn(3, 17, 4, generator=torch.Generator().manual_seed(3))
+    expected, _, _ = ViTMAEEmbeddings(theirs).random_masking(tokens[:, 1:], noise)
+    found, kept = ViTScratchPatchDropout(build(patch_drop_rate=0.5).config).train()(tokens, noise)
+    assert torch.equal(found[:, 1:], expected) and torch.equal(found[:, 0], tokens[:, 0]) and not kept[:, 0].any()
+    model = build(patch_drop_rate=0.5)
+    assert torch.equal(model(images(), noise=noise).logits, model(images()).logits)  # all stay in evaluation
+    with pytest.raises(ValueError, match=r"noise must be of shape \(3, 16\), got \(3, 17\)"):
+        model.train()(images(), noise=torch.rand(3, 17))
 
 
 def test_all_patches_stay_in_evaluation_and_one_at_least_in_training():
@@ -175,6 +189,19 @@ def test_a_run_killed_in_either_stage_ends_as_the_uninterrupted_one_bit_for_bit(
     assert_killed_runs_end_alike(tmp_path, monkeypatch, arguments, 3, 9)
 
 
+def test_an_image_keeps_its_patches_whatever_part_or_process_it_is_on(tmp_path):
+    common = ["--max_steps", 20, "--train_batch_size", 50, *HALF, "--full_size_step", 0.6]
+    run(tmp_path / "one", *common, "--gradient_accumulation_steps", 1)
+    run(tmp_path / "parts", *common, "--gradient_accumulation_steps", 4)
+    flags = ["--dataset_name", "digits", "--report_to", "none", "--gradient_accumulation_steps", 1]
+    done = launch(2, *common, *flags, "--output_dir", tmp_path / "two")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for other in ("parts", "two"):
+        pairs = list(zip(metrics(tmp_path / "one"), metrics(tmp_path / other), strict=True))
+        # the same sums in another order of float32
+        assert pairs and all(a["loss"] == pytest.approx(b["loss"], abs=1e-4) for a, b in pairs if "loss" in a)
+
+
 def test_a_budgeted_run_rehearses_both_kinds_of_steps(tmp_path, monkeypatch, tokens, capsys):
     monkeypatch.setattr(Rehearsal, "steps_within", lambda *_: 5)
     one_part = ["--gradient_accumulation_steps", 1]
@@ -220,7 +247,16 @@ def test_a_length_may_change_on_resume_only_where_the_last_patches_come_at_a_ste
         (["--full_size_step", 0.5, "--config_overrides", "patch_drop_rate=0"], "--full_size_step has no effect here"),
         # the recipe's 24 pixels are more than digits have
         (
-            ["--recipe", "cifar10", "--dataset_name", "digits", "--full_size_step", 0.5],
+            [
+                "--recipe",
+                "cifar10_60s",
+                "--dataset_name",
+                "digits",
+                "--torch_compile",
+                "false",
+                "--full_size_step",
+                0.5,
+            ],
             "--full_size_step has no effect here: it goes with --initial_image_size, or with the patch_drop_rate of",
         ),
         (["--full_size_step", 5, *HALF], "--full_size_step 5: a run of 5 steps ends before it"),
@@ -239,7 +275,7 @@ def test_a_recipes_own_step_of_all_patches_is_idle_where_none_are_left_out():
 
 @pytest.mark.parametrize("image_size, expected", [([], None), (["--image_size", 32], 24)])
 def test_where_the_recipes_small_images_are_too_large_patches_come_back_at_its_step_all_the_same(image_size, expected):
-    words = ["--recipe", "cifar10", "--dataset_name", "digits", *HALF, *image_size]
+    words = ["--recipe", "cifar10_60s", "--dataset_name", "digits", *HALF, *image_size]
     recipe, chosen = parse_arguments([*map(str, words)])
     config = build(image_size=recipe.image_size or 8, patch_size=2, patch_drop_rate=0.5).config
     resolution = resolution_of(recipe, chosen, config, 1000)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from ..data.augmentation import Draws, Mixing, normalise
+from ..data.augmentation import Draws, Mixing, normalise, send
 from ..data.decoding import Decoder, normalisation
 from ..data.loading import Batch, EvaluationData, TrainingData
 from ..data.order import derived_seed
@@ -201,21 +201,23 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         draws = Draws(recipe.seed, step, batch_size, batch.positions, world_size, data.is_interleaved(step))
         images = normalise(augment(batch.images, draws), *pixels, model.dtype)
         images, targets = augment.erase(images, draws), batch.labels
-        options = {}
+        inputs, options = {}, {}
         resolution.set_patch_dropout(model, is_initial)
+        if (noise := resolution.noise(draws, model.config, is_initial)) is not None:
+            inputs["noise"] = send(noise, device)
         if is_initial and resolution.initial_size is not None:
             images, options = resolution.shrink(images), {"interpolate_pos_encoding": True}
         if is_mixed:
             images, targets = mixing(images, targets, draws, num_labels, lambda *own: gather_batch(accelerator, *own))
-        parts = [(images[index::num_parts], targets[index::num_parts]) for index in range(num_parts)]
-        parts = [part for part in parts if len(part[0])]
-        for index, (part, targets) in enumerate(parts):
+        inputs["pixel_values"] = images
+        parts = [slice(index, None, num_parts) for index in range(min(num_parts, len(images)))]
+        for index, part in enumerate(parts):
             with accelerator.no_sync(network) if index + 1 < len(parts) else nullcontext():
-                logits = network(pixel_values=part, **options).logits.to(model.dtype)
-                loss_sum = objective.loss_sum(logits, targets)
+                logits = network(**{name: of[part] for name, of in inputs.items()}, **options).logits.to(model.dtype)
+                loss_sum = objective.loss_sum(logits, targets[part])
                 # gradients are averaged over ranks: times their number makes it the mean over the global batch
                 accelerator.backward(poisoned(loss_sum) * (world_size / batch_size))
-            state.window.sums += torch.stack((loss_sum.detach(), objective.num_correct(logits, targets)))
+            state.window.sums += torch.stack((loss_sum.detach(), objective.num_correct(logits, targets[part])))
         return full_tensor(accelerator.clip_grad_norm_(network.parameters(), recipe.max_grad_norm or math.inf))
 
     def set_rate(rate: float):

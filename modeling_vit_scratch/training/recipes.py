@@ -333,10 +333,12 @@ def check_range(name: str, value: Any, limits: Any):
 # what the recipes for CIFAR-10 share
 _CIFAR10: dict[str, Any] = dict(
     dataset_name="cifar10", optim="muon", weight_decay=0.01, lr_scheduler_type="warmup_stable_decay",
-    lr_decay_steps=0.7, label_smoothing_factor=0.1, horizontal_flip_prob=0.5, crop_padding=4, initial_image_size=24,
+    lr_decay_steps=0.7, label_smoothing_factor=0.1, horizontal_flip_prob=0.5, crop_padding=4,
     image_mean=(0.4914, 0.4822, 0.4465), image_std=(0.2470, 0.2435, 0.2616),
 )  # fmt: skip
-_CIFAR10_GPU = {**_CIFAR10, "train_batch_size": 1024, "train_val_split": 0.02, "torch_compile": True}
+_CIFAR10_GPU = {
+    **_CIFAR10, "initial_image_size": 24, "train_batch_size": 1024, "train_val_split": 0.02, "torch_compile": True
+}  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {
     # accelerate launch run_train.py
@@ -358,7 +360,8 @@ RECIPES: dict[str, Recipe] = {
     # accelerate launch --mixed_precision bf16 run_train.py --recipe cifar10 --time_budget 10m
     "cifar10": Recipe(
         recipe="cifar10", preset="micro", num_train_epochs=10, learning_rate=3e-3, train_val_split=0.1,
-        config_overrides="zero_init_residual=true,position_init=sincos2d", **_CIFAR10,
+        config_overrides="zero_init_residual=true,position_init=sincos2d,patch_drop_rate=0.75", full_size_step=0.75,
+        **_CIFAR10,
     ),
     # One GPU of the class of an H200, not yet run: their lengths follow from about 130 TFLOP/s.
     # accelerate launch --mixed_precision bf16 run_train.py --recipe cifar10_60s

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..configuration_vit_scratch import ViTScratchConfig
+from ..data.augmentation import Draws
 from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchForImageClassification, num_kept_patches
 from ..results.summary import training_flops
@@ -74,6 +75,10 @@ class Resolution:
     def set_patch_dropout(self, model: ViTScratchForImageClassification, is_initial: bool):
         """Makes the network leave out what such a step does."""
         model.vit.patch_dropout.rate = self.rate(is_initial)
+
+    def noise(self, draws: Draws, config: ViTScratchConfig, is_initial: bool) -> torch.Tensor | None:
+        """(B, patches) on the CPU, which says what patches of an image stay, whatever process it is on; None: all."""
+        return draws.uniform("patches", self.patches(config, is_initial)[1]) if self.rate(is_initial) else None
 
     def published_rate(self, config: ViTScratchConfig, steps: int, total_steps: int) -> float:
         """patch_drop_rate of a network after so many steps: 0 where it has come to see all, so that who trains it on

@@ -20,7 +20,7 @@ from .colour import (
     sharpness,
     solarize,
 )
-from .draws import Draws
+from .draws import Draws, send
 from .geometry import affine, flip, nearest_affine, pad_and_crop, resized_crop
 from .mixing import Mixing
 from .pipeline import Augmentation, erase, normalise
@@ -29,5 +29,5 @@ from .policies import POLICIES, apply_stages
 __all__ = [
     "POLICIES", "Augmentation", "Draws", "Mixing", "affine", "apply_stages", "autocontrast", "brightness", "contrast",
     "equalize", "erase", "flip", "gaussian_blur", "invert", "nearest_affine", "normalise", "pad_and_crop", "posterize",
-    "resized_crop", "saturation", "sharpness", "solarize",
+    "resized_crop", "saturation", "send", "sharpness", "solarize",
 ]  # fmt: skip
