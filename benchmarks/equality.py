@@ -13,8 +13,8 @@ written every 5 steps. A start that does not end within five minutes hangs, and 
 a row fails.
 
 Processes are forked with the variables that torchrun sets, share a core, and take one thread each; one row starts
-`accelerate launch`. Rows with a number have the recipe's patch dropout, drawn by image, but no other dropout and no
-mixing, and a rate of 3e-4: at high rates training itself makes of a rounding a difference that can be seen.
+`accelerate launch`. Rows with a number have patch dropout, drawn by image, but no other dropout and no mixing, and a
+rate of 3e-4: at high rates training itself makes of a rounding a difference that can be seen.
 """
 
 import argparse
@@ -140,7 +140,8 @@ def resumed_rows() -> list[Row]:
 
 def compared(images: str, steps: int, num_processes: int = 1, **flags: Any) -> Run:
     """A run that draws nothing by rank: no dropout but of patches, no mixing."""
-    fixed = {"config_overrides": NETWORK, "learning_rate": 3e-4, "eval_steps": max(1, steps // 4)}
+    fixed = {"config_overrides": f"{NETWORK},patch_drop_rate=0.25", "full_size_step": 0.7}
+    fixed |= {"learning_rate": 3e-4, "eval_steps": max(1, steps // 4)}
     return Run(images, steps, tuple({**fixed, **flags}.items()), num_processes)
 
 

@@ -215,7 +215,9 @@ class ViTScratchPatchDropout(nn.Module):
         self.rate = config.patch_drop_rate
         self.num_prefix_tokens = config.num_prefix_tokens
 
-    def forward(self, embeddings: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, embeddings: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not self.training or self.rate == 0.0:
             return embeddings, None
         batch_size, num_tokens, width = embeddings.shape
@@ -683,13 +685,7 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
 
         pixel_values, interpolate_pos_encoding, attention_mask, noise: as ViTScratchModel's.
         """
-        outputs: BaseModelOutputWithPooling = self.vit(
-            pixel_values,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            attention_mask=attention_mask,
-            noise=noise,
-            **kwargs,
-        )
+        outputs = self.vit(pixel_values, interpolate_pos_encoding, attention_mask, noise, **kwargs)
         logits = self.classifier(outputs.pooler_output)  # (B, K)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from small_vit import build, images
-from test_run_train import run
+from test_run_train import TINY, run
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageClassification
 
@@ -37,6 +37,7 @@ COMMON = [
     "--ema_decay", 0.6, "--max_grad_norm", 0.5, "--lr_scheduler_type", "constant", "--warmup_steps", 0,
     "--logging_steps", 1, "--eval_steps", 3, "--save_steps", 3, "--eval_batch_size", 359,
     "--gradient_checkpointing", "true", "--load_best_model_at_end", "true",
+    "--config_overrides", f"{TINY},patch_drop_rate=0.25",
 ]  # fmt: skip
 FILES = ("model", "optimizer", "averaged")
 

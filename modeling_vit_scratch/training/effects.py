@@ -8,7 +8,7 @@ from ..data.loading import is_resident
 from ..data.splits import Source
 from ..errors import UserError
 from .features import can_cache_features, drawn_of_images
-from .overrides import checkpoint_rates, parse_overrides
+from .overrides import checkpoint_rates, may_see_less
 from .recipes import Recipe
 from .time_budget import seconds_of
 
@@ -93,7 +93,7 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
         "it goes with --bce_loss and --mixup_alpha or --cutmix_alpha",
     ),
     "full_size_step": (
-        lambda r: r.full_size_step is not None and not _may_see_less(r),
+        lambda r: r.full_size_step is not None and not may_see_less(r),
         "it goes with --initial_image_size or --config_overrides patch_drop_rate",
     ),
 }
@@ -126,12 +126,6 @@ IDLE_ON_SOURCE: dict[str, tuple[Callable[[Source, Decoder], bool], str]] = {
 def _copies_are_alike(recipe: Recipe) -> bool:
     is_mirrored = recipe.horizontal_flip_prob > 0 and recipe.finetune != "head"
     return recipe.aug_repeats > 1 and not is_mirrored and not any(drawn_of_images(recipe))
-
-
-def _may_see_less(recipe: Recipe) -> bool:
-    """Whether a step may see smaller images or leave out patches; a checkpoint's network is not known yet."""
-    rate = parse_overrides(recipe.config_overrides).get("patch_drop_rate")
-    return recipe.initial_image_size is not None or recipe.model_name_or_path is not None or bool(rate)
 
 
 def _has_no_table(recipe: Recipe) -> bool:

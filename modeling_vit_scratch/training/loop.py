@@ -354,11 +354,12 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         )
 
     # --- final scores, once, of the weights that are published
-    weights = "last" if averaged is None else "last, averaged"
+    weights, published_step = "last" if averaged is None else "last, averaged", position.step
     if recipe.load_best_model_at_end and position.best_step is not None:
         if position.best_step != position.step:
             latest = None
-        weights = f"best at step {state.use_best()}" + ("" if averaged is None else ", averaged")
+        published_step = state.use_best()
+        weights = f"best at step {published_step}" + ("" if averaged is None else ", averaged")
     if pending := [name for name in held if name != "validation" or latest is None]:
         sizes = ", ".join(f"{len(source.splits[name]):,} {name}" for name in pending)
         accelerator.print(f"scoring {sizes} images", flush=True)
@@ -370,7 +371,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     # under autocast the weights are float32 all along; DDP and compile leave `model` itself as it was
     published = whole_network(state.published, accelerator.is_main_process)
     if accelerator.is_main_process:
-        published.config.patch_drop_rate = resolution.published_rate(published.config, position.step, total_steps)
+        published.config.patch_drop_rate = resolution.published_rate(published.config, published_step, total_steps)
         save_model(output_dir, published, processor, (recipe.model_name_or_path, recipe.model_revision))
         publish(output_dir, results, source)
     where = "" if recipe.specimen else f", {output_dir}/model the model"

@@ -53,6 +53,12 @@ def checkpoint_rates(recipe: Recipe, chosen: frozenset[str]) -> dict[str, Any]:
     return rates
 
 
+def may_see_less(recipe: Recipe) -> bool:
+    """Whether a step may see smaller images or leave out patches; a checkpoint's network is not known yet."""
+    rate = parse_overrides(recipe.config_overrides).get("patch_drop_rate")
+    return recipe.initial_image_size is not None or recipe.model_name_or_path is not None or bool(rate)
+
+
 def _parts(text: str | None) -> list[str]:
     return [part for part in split_outside_brackets(text or "", ",") if part.strip()]
 

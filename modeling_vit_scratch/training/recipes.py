@@ -220,7 +220,8 @@ class Recipe:
     )
     full_size_step: float | None = flag(
         None, AUGMENTATION, "from this step on images have their full size, and the network sees all of their patches "
-        "(patch_drop_rate); under 1: a share of all steps; else 0.6 with initial_image_size, and never without",
+        "(patch_drop_rate); under 1: a share of all steps; else the recipe's, and without one 0.6 with "
+        "initial_image_size and never without",
         above=0,
     )  # fmt: skip
 
@@ -298,15 +299,6 @@ PLACES = frozenset(
 )
 COUNTED_LENGTHS = ("max_steps", "num_train_epochs")
 FULL_SIZE_STEP = 0.6  # where --initial_image_size is given and --full_size_step is not
-
-
-def may_change_on_resume(recipe: Recipe) -> frozenset[str]:
-    """The fields in which a resumed run may differ: its length too, where no step depends on how many there are."""
-    shares = [recipe.warmup_steps, recipe.mixup_off_step]  # under 1 they are shares of all steps
-    if recipe.initial_image_size is not None or recipe.full_size_step is not None:
-        shares.append(FULL_SIZE_STEP if recipe.full_size_step is None else recipe.full_size_step)
-    is_open_ended = recipe.lr_scheduler_type == "constant" and not any(0 < (share or 0) < 1 for share in shares)
-    return MAY_CHANGE_ON_RESUME | frozenset(COUNTED_LENGTHS if is_open_ended and recipe.time_budget is None else ())
 
 
 def check_range(name: str, value: Any, limits: Any):

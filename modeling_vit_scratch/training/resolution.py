@@ -20,8 +20,11 @@ from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchForImageClassification, num_kept_patches
 from ..results.summary import training_flops
 from .features import can_cache_features
-from .recipes import FULL_SIZE_STEP, Recipe
+from .overrides import parse_overrides
+from .recipes import FULL_SIZE_STEP, RECIPES, Recipe
 from .schedules import in_steps, steps_text
+
+LEAST_PATCHES = 8  # that a recipe's own rate must leave of an image
 
 # B batch, C channels, H W image
 
@@ -32,14 +35,14 @@ class Resolution:
 
     initial_size: the side in pixels before the step from which on they are full; None: the full one.
     full_size_step: that step; under 1 a share of all steps; None: all steps are alike. patch_drop_rate: the share of
-    patches that is left out before that step, or where there is none, always. why_full: why a recipe's own initial
-    size is left out.
+    patches that is left out before that step, or where there is none, always. notes: why nothing comes of what the
+    recipe would leave out.
     """
 
     initial_size: int | None = None
     full_size_step: float | None = None
     patch_drop_rate: float = 0.0
-    why_full: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         assert self.initial_size is None or self.full_size_step is not None, "small images end at a step"
@@ -77,12 +80,15 @@ class Resolution:
         model.vit.patch_dropout.rate = self.rate(is_initial)
 
     def noise(self, draws: Draws, config: ViTScratchConfig, is_initial: bool) -> torch.Tensor | None:
-        """(B, patches) on the CPU, which says what patches of an image stay, whatever process it is on; None: all."""
-        return draws.uniform("patches", self.patches(config, is_initial)[1]) if self.rate(is_initial) else None
+        """(B, patches) int64 on the CPU: ranks of each image's patches, on whatever process it is, the first of which
+        stay; None: all do. Ranks, because FSDP casts what is floating, and bf16 has ties."""
+        if not self.rate(is_initial):
+            return None
+        return draws.uniform("patches", self.patches(config, is_initial)[1]).argsort(dim=1).argsort(dim=1)
 
     def published_rate(self, config: ViTScratchConfig, steps: int, total_steps: int) -> float:
-        """patch_drop_rate of a network after so many steps: 0 where it has come to see all, so that who trains it on
-        does not begin by leaving patches out."""
+        """patch_drop_rate of the weights after so many steps: 0 where they have come to see all, so that who trains
+        them on does not begin by leaving patches out."""
         has_seen_all = self.is_progressive and steps > self.num_initial_steps(total_steps)
         return 0.0 if has_seen_all else config.patch_drop_rate
 
@@ -108,7 +114,7 @@ class Resolution:
 
     def stages(self, total_steps: int, config: ViTScratchConfig) -> list[str]:
         """What is said of what is left out, a line or two; nothing where nothing is."""
-        lines = [] if self.why_full is None else [f"note: all images have their full size: {self.why_full}"]
+        lines = [f"note: {note}" for note in self.notes]
         parts = [] if self.initial_size is None else [f"at {self.initial_size} pixels"]
         if self.patch_drop_rate:
             kept, number = self.patches(config, is_initial=True)
@@ -126,13 +132,16 @@ def resolution_of(recipe: Recipe, chosen: frozenset[str], config: ViTScratchConf
     """What this network sees of the recipe's images, of so many. chosen: the fields that a person set.
 
     Raises UserError for an initial size that is not smaller than the network's or that its patches do not fill, for
-    a run that sees its images once, as features, or that trains a specimen, and for a chosen full_size_step where
-    nothing is left out. Where the size is the named recipe's own, made for its network, all images are full instead,
-    which the run says.
+    a run that sees its images once, as features, or that trains a specimen, for a specimen with patch dropout, and for
+    a chosen full_size_step where nothing is left out. Where the size or the share of patches is the named recipe's own,
+    made for its network, all is seen instead, which the run says.
     """
-    why_full = _why_full(recipe, chosen, config, num_samples)
+    why_full, why_all = _why_full(recipe, chosen, config, num_samples), _why_all_patches(recipe, config)
     size = recipe.initial_image_size if why_full is None else None
-    rate = config.patch_drop_rate if recipe.finetune != "head" else 0.0  # a frozen backbone sees every patch
+    is_frozen = recipe.finetune == "head"  # such a backbone sees every patch
+    rate = 0.0 if is_frozen or why_all is not None else config.patch_drop_rate
+    notes = [] if why_full is None else [f"all images have their full size: {why_full}"]
+    notes += [] if why_all is None or is_frozen else [f"no patches are left out: {why_all}"]
     step = recipe.full_size_step
     if size is None and not rate:
         if step is not None and "full_size_step" in chosen:
@@ -140,10 +149,26 @@ def resolution_of(recipe: Recipe, chosen: frozenset[str], config: ViTScratchConf
                 "--full_size_step has no effect here: it goes with --initial_image_size, or with the patch_drop_rate "
                 "of a network that is trained."
             )
-        return Resolution(why_full=why_full)
+        return Resolution(notes=tuple(notes))
     if step is None and recipe.initial_image_size is not None:
         step = FULL_SIZE_STEP
-    return Resolution(size, step, rate, why_full)
+    return Resolution(size, step, rate, tuple(notes))
+
+
+def _why_all_patches(recipe: Recipe, config: ViTScratchConfig) -> str | None:
+    """Why the recipe's share of patches is not left out; None: it is, or there is none."""
+    rate, number = config.patch_drop_rate, config.num_patches
+    if not rate or (recipe.specimen is None and num_kept_patches(number, rate) >= LEAST_PATCHES):
+        return None
+    recipes_own = parse_overrides(RECIPES[recipe.recipe].config_overrides).get("patch_drop_rate")
+    is_own = recipe.model_name_or_path is None and rate == recipes_own
+    if recipe.specimen is not None:
+        if not is_own:
+            raise UserError("patch_drop_rate does not work with --specimen: a specimen sees all patches.")
+        return "a specimen sees them all."
+    if not is_own:
+        return None
+    return f"the recipe's patch_drop_rate {rate:g} would leave {num_kept_patches(number, rate)} of {number}."
 
 
 def _why_full(recipe: Recipe, chosen: frozenset[str], config: ViTScratchConfig, num_samples: int) -> str | None:

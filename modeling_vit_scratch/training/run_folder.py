@@ -9,8 +9,8 @@ from typing import Any
 
 from ..errors import UserError
 from .checkpointing import checkpoints, damage, newest_whole, remove, step_of
-from .overrides import parse_overrides
-from .recipes import COUNTED_LENGTHS, Recipe, may_change_on_resume, with_defaults
+from .overrides import may_see_less, parse_overrides
+from .recipes import COUNTED_LENGTHS, FULL_SIZE_STEP, MAY_CHANGE_ON_RESUME, Recipe, with_defaults
 
 OURS = (
     "recipe.json", "bad_images.json", "metrics.jsonl", "results.json", "report.html", "plots", "tensorboard",
@@ -88,6 +88,15 @@ def _checkpoint_to_take(folder: Path, recipe: Recipe) -> Path | None:
         if step_of(checkpoint) > step_of(named):
             remove(checkpoint)
     return named
+
+
+def may_change_on_resume(recipe: Recipe) -> frozenset[str]:
+    """The fields in which a resumed run may differ: its length too, where no step depends on how many there are."""
+    shares = [recipe.warmup_steps, recipe.mixup_off_step]  # under 1 they are shares of all steps
+    if may_see_less(recipe) and (recipe.initial_image_size is not None or recipe.full_size_step is not None):
+        shares.append(FULL_SIZE_STEP if recipe.full_size_step is None else recipe.full_size_step)
+    is_open_ended = recipe.lr_scheduler_type == "constant" and not any(0 < (share or 0) < 1 for share in shares)
+    return MAY_CHANGE_ON_RESUME | frozenset(COUNTED_LENGTHS if is_open_ended and recipe.time_budget is None else ())
 
 
 def _refuse_another_recipe(folder: Path, old: dict[str, Any], recipe: Recipe, facts: dict[str, Any]):
