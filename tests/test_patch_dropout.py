@@ -316,7 +316,8 @@ def test_the_recipe_for_cifar10_begins_with_a_quarter_of_the_patches(parquet_rep
 def test_a_recipes_own_rate_is_for_networks_that_keep_enough(flags, fields, expected):
     recipe, chosen = parse_arguments(["--recipe", "cifar10", *flags])
     config = build(**{"patch_drop_rate": 0.75, **fields}).config
-    assert resolution_of(recipe, chosen, config, 1000) == expected
+    resolution = resolution_of(recipe, chosen, config, 1000)
+    assert resolution == expected and resolution.published_rate(100, 100) == 0
 
 
 def test_patch_dropout_of_ones_own_is_refused_for_a_specimen():

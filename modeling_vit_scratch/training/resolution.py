@@ -86,11 +86,10 @@ class Resolution:
             return None
         return draws.uniform("patches", self.patches(config, is_initial)[1]).argsort(dim=1).argsort(dim=1)
 
-    def published_rate(self, config: ViTScratchConfig, steps: int, total_steps: int) -> float:
-        """patch_drop_rate of the weights after so many steps: 0 where they have come to see all, so that who trains
-        them on does not begin by leaving patches out."""
-        has_seen_all = self.is_progressive and steps > self.num_initial_steps(total_steps)
-        return 0.0 if has_seen_all else config.patch_drop_rate
+    def published_rate(self, step: int, total_steps: int) -> float:
+        """patch_drop_rate of the weights after this step, which is that of the step: 0 where they have come to see all,
+        so that who trains them on does not begin by leaving patches out."""
+        return self.rate(is_initial=step <= self.num_initial_steps(total_steps))
 
     def shrink(self, images: torch.Tensor) -> torch.Tensor:
         """Floats (B, C, H, W) -> (B, C, initial, initial): bilinear, each new pixel a mean over all that it covers."""
