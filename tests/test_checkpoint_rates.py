@@ -60,6 +60,7 @@ def test_a_frozen_backbone_sees_every_patch(tmp_path, checkpoint, tokens):
     kept = ["--config_overrides", "none"]
     run(tmp_path / "head", *start, *kept, "--finetune", "head", "--max_steps", 2, "--rotation_degrees", 5)
     assert {number for _, number in tokens} == {16}
+    assert published(tmp_path / "head").config.patch_drop_rate == 0.5  # as it was, for who trains the backbone
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """patch_drop_rate: timm's PatchDropout and attention masks as oracles, and runs that end with all patches."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -15,11 +17,11 @@ from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchMod
 from modeling_vit_scratch.data.augmentation import Draws
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchPatchDropout
-from modeling_vit_scratch.training import loop
+from modeling_vit_scratch.training import effects, loop
 from modeling_vit_scratch.training.flags import parse_arguments
 from modeling_vit_scratch.training.recipes import COUNTED_LENGTHS, RECIPES
 from modeling_vit_scratch.training.resolution import Resolution, resolution_of
-from modeling_vit_scratch.training.run_folder import may_change_on_resume
+from modeling_vit_scratch.training.run_folder import may_change_on_resume, open_run
 from modeling_vit_scratch.training.sweep_grid import parse_sweep
 from modeling_vit_scratch.training.time_budget import Rehearsal
 
@@ -273,6 +275,10 @@ def test_a_length_may_change_on_resume_only_where_the_last_patches_come_at_a_ste
             ],
             "--full_size_step has no effect here: it goes with --initial_image_size, or with the patch_drop_rate of",
         ),
+        (
+            ["--recipe", "cifar10", "--dataset_name", "digits", "--full_size_step", 0.5],
+            "Here no patches are left out: the recipe's patch_drop_rate 0.75 would leave 1 of 4.$",
+        ),
         (["--full_size_step", 5, *HALF], "--full_size_step 5: a run of 5 steps ends before it"),
     ],
 )
@@ -311,6 +317,13 @@ def test_the_recipe_for_cifar10_begins_with_a_quarter_of_the_patches(parquet_rep
             {"image_size": 32, "patch_size": 4},
             Resolution(notes=("no patches are left out: a specimen sees them all.",)),
         ),
+        (
+            ["--initial_image_size", "16"],
+            {"image_size": 32, "patch_size": 4},
+            Resolution(
+                16, 0.75, notes=("no patches are left out: the recipe's patch_drop_rate 0.75 would leave 4 of 16.",)
+            ),
+        ),
     ],
 )
 def test_a_recipes_own_rate_is_for_networks_that_keep_enough(flags, fields, expected):
@@ -320,10 +333,11 @@ def test_a_recipes_own_rate_is_for_networks_that_keep_enough(flags, fields, expe
     assert resolution == expected and resolution.published_rate(100, 100) == 0
 
 
-def test_patch_dropout_of_ones_own_is_refused_for_a_specimen():
-    recipe, chosen = parse_arguments(["--recipe", "cifar10", "--specimen", "border_left_out"])
+def test_patch_dropout_of_ones_own_is_refused_for_a_specimen_before_there_is_data():
+    words = ["--recipe", "cifar10", "--specimen", "border_left_out"]
+    effects.check_recipe(*parse_arguments(words))
     with pytest.raises(UserError, match="patch_drop_rate does not work with --specimen: a specimen sees all patches"):
-        resolution_of(recipe, chosen, build(patch_drop_rate=0.5).config, 1000)
+        effects.check_recipe(*parse_arguments([*words, "--config_overrides", "patch_drop_rate=0.5"]))
 
 
 def test_ranks_survive_what_sharded_training_casts():
@@ -331,8 +345,24 @@ def test_ranks_survive_what_sharded_training_casts():
     draws = Draws(3, 7, 50, range(50))
     noise = Resolution(None, None, 0.5).noise(draws, config, is_initial=False)
     assert noise.shape == (50, 196) and not noise.is_floating_point()
+    rounded = draws.uniform("patches", 196).bfloat16()  # which FSDP makes of floats, with ties
+    assert not torch.equal(rounded.argsort(dim=1), noise.argsort(dim=1))
     assert torch.equal(noise.sort(dim=1).values, torch.arange(196).expand(50, -1))
     assert torch.equal(noise.argsort(dim=1), draws.uniform("patches", 196).argsort(dim=1))
+
+
+def test_a_run_of_the_recipe_before_it_left_out_patches_goes_on_with_the_flags_that_do_the_same(tmp_path):
+    words = ["--recipe", "cifar10", "--initial_image_size", "24", "--config_overrides", "patch_drop_rate=0"]
+    now, _ = parse_arguments([*words, "--full_size_step", "0.6"])
+    before = {"full_size_step": None, "config_overrides": "zero_init_residual=true,position_init=sincos2d"}
+    (tmp_path / "recipe.json").write_text(json.dumps({**now.to_dict(), **before}))
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=r"another recipe \(full_size_step: 0.6 -> 0.75\)"):
+        open_run(tmp_path, parse_arguments(words)[0], {})
+    with pytest.raises(UserError, match=r"another recipe \(config_overrides: "):
+        open_run(tmp_path, now.replace(config_overrides=before["config_overrides"] + ",patch_drop_rate=0.75"), {})
+    open_run(tmp_path, now.replace(full_size_step=None), {})
+    open_run(tmp_path, now, {})
 
 
 def test_a_recipes_own_step_of_all_patches_is_idle_where_none_are_left_out():

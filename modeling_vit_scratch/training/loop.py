@@ -371,7 +371,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     # under autocast the weights are float32 all along; DDP and compile leave `model` itself as it was
     published = whole_network(state.published, accelerator.is_main_process)
     if accelerator.is_main_process:
-        published.config.patch_drop_rate = resolution.published_rate(published_step, total_steps)
+        if recipe.finetune != "head":  # whose backbone is as it was
+            published.config.patch_drop_rate = resolution.published_rate(published_step, total_steps)
         save_model(output_dir, published, processor, (recipe.model_name_or_path, recipe.model_revision))
         publish(output_dir, results, source)
     where = "" if recipe.specimen else f", {output_dir}/model the model"

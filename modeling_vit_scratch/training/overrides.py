@@ -7,7 +7,7 @@ import yaml
 
 from ..configuration_vit_scratch import RATES_OF_TRAINING, architecture_fields
 from ..errors import UserError, unknown
-from .recipes import Recipe
+from .recipes import RECIPES, Recipe
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
@@ -51,6 +51,12 @@ def checkpoint_rates(recipe: Recipe, chosen: frozenset[str]) -> dict[str, Any]:
             f"out in training may be another share: {', '.join(RATES_OF_TRAINING)}."
         )
     return rates
+
+
+def own_patch_drop_rate(recipe: Recipe) -> float:
+    """The share of patches that the named recipe leaves out where nobody changes it."""
+    own = RECIPES.get(recipe.recipe, recipe).config_overrides
+    return parse_overrides(own).get("patch_drop_rate", 0.0)
 
 
 def may_see_less(recipe: Recipe) -> bool:

@@ -20,8 +20,8 @@ from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchForImageClassification, num_kept_patches
 from ..results.summary import training_flops
 from .features import can_cache_features
-from .overrides import parse_overrides
-from .recipes import FULL_SIZE_STEP, RECIPES, Recipe
+from .overrides import own_patch_drop_rate
+from .recipes import FULL_SIZE_STEP, Recipe
 from .schedules import in_steps, steps_text
 
 LEAST_PATCHES = 8  # that a recipe's own rate must leave of an image
@@ -131,12 +131,13 @@ def resolution_of(recipe: Recipe, chosen: frozenset[str], config: ViTScratchConf
     """What this network sees of the recipe's images, of so many. chosen: the fields that a person set.
 
     Raises UserError for an initial size that is not smaller than the network's or that its patches do not fill, for
-    a run that sees its images once, as features, or that trains a specimen, for a specimen with patch dropout, and for
-    a chosen full_size_step where nothing is left out. Where the size or the share of patches is the named recipe's own,
-    made for its network, all is seen instead, which the run says.
+    a run that sees its images once, as features, or that trains a specimen, and for a chosen full_size_step where
+    nothing is left out. Where the size or the share of patches is the named recipe's own, made for its network, all is
+    seen instead, which the run says.
     """
-    why_full, why_all = _why_full(recipe, chosen, config, num_samples), _why_all_patches(recipe, config)
+    why_full = _why_full(recipe, chosen, config, num_samples)
     size = recipe.initial_image_size if why_full is None else None
+    why_all = _why_all_patches(recipe, config, size)
     is_frozen = recipe.finetune == "head"  # such a backbone sees every patch
     rate = 0.0 if is_frozen or why_all is not None else config.patch_drop_rate
     notes = [] if why_full is None else [f"all images have their full size: {why_full}"]
@@ -144,9 +145,10 @@ def resolution_of(recipe: Recipe, chosen: frozenset[str], config: ViTScratchConf
     step = recipe.full_size_step
     if size is None and not rate:
         if step is not None and "full_size_step" in chosen:
+            reason = " ".join(f"Here {note}" for note in notes)
             raise UserError(
                 "--full_size_step has no effect here: it goes with --initial_image_size, or with the patch_drop_rate "
-                "of a network that is trained."
+                f"of a network that is trained. {reason}".rstrip()
             )
         return Resolution(notes=tuple(notes))
     if step is None and recipe.initial_image_size is not None:
@@ -154,20 +156,22 @@ def resolution_of(recipe: Recipe, chosen: frozenset[str], config: ViTScratchConf
     return Resolution(size, step, rate, tuple(notes))
 
 
-def _why_all_patches(recipe: Recipe, config: ViTScratchConfig) -> str | None:
-    """Why the recipe's share of patches is not left out; None: it is, or there is none."""
-    rate, number = config.patch_drop_rate, config.num_patches
-    if not rate or (recipe.specimen is None and num_kept_patches(number, rate) >= LEAST_PATCHES):
+def _why_all_patches(recipe: Recipe, config: ViTScratchConfig, initial_size: int | None) -> str | None:
+    """Why no patches are left out though the configuration has a rate; None: they are, or it has none.
+
+    A rate is the recipe's own by its value: the command that results.json keeps names every override.
+    """
+    rate = config.patch_drop_rate
+    if not rate:
         return None
-    recipes_own = parse_overrides(RECIPES[recipe.recipe].config_overrides).get("patch_drop_rate")
-    is_own = recipe.model_name_or_path is None and rate == recipes_own
     if recipe.specimen is not None:
-        if not is_own:
-            raise UserError("patch_drop_rate does not work with --specimen: a specimen sees all patches.")
         return "a specimen sees them all."
-    if not is_own:
+    grid = config.patch_grid if initial_size is None else config.patch_grid_of(initial_size, initial_size)
+    number = grid[0] * grid[1]
+    kept = num_kept_patches(number, rate)
+    if kept >= LEAST_PATCHES or recipe.model_name_or_path is not None or rate != own_patch_drop_rate(recipe):
         return None
-    return f"the recipe's patch_drop_rate {rate:g} would leave {num_kept_patches(number, rate)} of {number}."
+    return f"the recipe's patch_drop_rate {rate:g} would leave {kept} of {number}."
 
 
 def _why_full(recipe: Recipe, chosen: frozenset[str], config: ViTScratchConfig, num_samples: int) -> str | None:

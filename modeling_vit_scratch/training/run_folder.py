@@ -99,11 +99,18 @@ def may_change_on_resume(recipe: Recipe) -> frozenset[str]:
     return MAY_CHANGE_ON_RESUME | frozenset(COUNTED_LENGTHS if is_open_ended and recipe.time_budget is None else ())
 
 
+def _fields_of(overrides: str | None) -> dict[str, Any]:
+    # a run of a recipe that left out no patches yet goes on with the rate 0
+    return {"patch_drop_rate": 0, **parse_overrides(overrides)}
+
+
 def _refuse_another_recipe(folder: Path, old: dict[str, Any], recipe: Recipe, facts: dict[str, Any]):
     new = {**json.loads(json.dumps(recipe.to_dict())), **facts}
     old = with_defaults(old)
-    if parse_overrides(old.get("config_overrides")) == parse_overrides(recipe.config_overrides):
+    if _fields_of(old["config_overrides"]) == _fields_of(recipe.config_overrides):
         old = {**old, "config_overrides": recipe.config_overrides}  # the same fields, in other words
+    if old["initial_image_size"] is not None and old["full_size_step"] is None:
+        old = {**old, "full_size_step": FULL_SIZE_STEP if recipe.full_size_step is not None else None}
     free = may_change_on_resume(recipe) | {"num_processes"}
     compared = [name for name in new if name not in free]
     differing = [f"{name}: {old.get(name)!r} -> {new[name]!r}" for name in compared if old.get(name) != new[name]]
