@@ -20,13 +20,17 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "benchmarks" / "results" / "runs"
 
 
+def command_of(run: dict[str, Any]) -> str:
+    """What trains so today: `command_today` where the recipe has become another since the run was recorded."""
+    return run.get("command_today", run["command"])
+
+
 def read_runs(folder: Path = RUNS) -> dict[str, list[dict[str, Any]]]:
-    """The recorded runs by the command that they share, seeds left out; `command_today` is what does the same where the
-    recipe has become another since."""
+    """The recorded runs by the command that they share, seeds left out."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(folder.glob("*.json")):
         run = json.loads(file.read_text(encoding="utf-8"))
-        command = re.sub(r" --seed \S+", "", run.get("command_today", run["command"]))
+        command = re.sub(r" --seed \S+", "", command_of(run))
         groups.setdefault(command, []).append(run)
     return groups
 

@@ -26,7 +26,7 @@ def test_the_table_of_scores_in_the_readme_is_made_from_the_recorded_runs():
 
 def test_the_commands_of_recorded_runs_still_train_what_they_trained():
     for run in (run for runs in results_table.read_runs().values() for run in runs):
-        words = run.get("command_today", run["command"]).partition("run_train.py ")[2]
+        words = results_table.command_of(run).partition("run_train.py ")[2]
         recipe, chosen = parse_arguments(shlex.split(words))
         effects.check_recipe(recipe, chosen)
         assert (recipe.recipe, recipe.seed) == (run["recipe"], run["seed"])

@@ -8,7 +8,7 @@ from ..data.loading import is_resident
 from ..data.splits import Source
 from ..errors import UserError
 from .features import can_cache_features, drawn_of_images
-from .overrides import checkpoint_rates, may_see_less, own_patch_drop_rate, parse_overrides
+from .overrides import checkpoint_rates, has_own_patch_drop_rate, may_see_less, patch_drop_rate_of
 from .recipes import Recipe
 from .time_budget import seconds_of
 
@@ -145,8 +145,7 @@ def check_recipe(recipe: Recipe, chosen: frozenset[str]):
         seconds_of(recipe.time_budget)
     if recipe.model_name_or_path is not None:
         checkpoint_rates(recipe, chosen)
-    rate = parse_overrides(recipe.config_overrides).get("patch_drop_rate")
-    if recipe.specimen is not None and rate and rate != own_patch_drop_rate(recipe):
+    if recipe.specimen is not None and patch_drop_rate_of(recipe) and not has_own_patch_drop_rate(recipe):
         raise UserError("patch_drop_rate does not work with --specimen: a specimen sees all patches.")
     if recipe.aug_repeats > 1 and recipe.streaming:
         raise UserError(

@@ -53,16 +53,21 @@ def checkpoint_rates(recipe: Recipe, chosen: frozenset[str]) -> dict[str, Any]:
     return rates
 
 
-def own_patch_drop_rate(recipe: Recipe) -> float:
-    """The share of patches that the named recipe leaves out where nobody changes it."""
-    own = RECIPES.get(recipe.recipe, recipe).config_overrides
-    return parse_overrides(own).get("patch_drop_rate", 0.0)
+def patch_drop_rate_of(recipe: Recipe) -> float:
+    """The share of patches that the recipe's overrides leave out in training."""
+    return parse_overrides(recipe.config_overrides).get("patch_drop_rate") or 0.0
+
+
+def has_own_patch_drop_rate(recipe: Recipe) -> bool:
+    """Whether the rate is that of the named recipe. It is told by its value, because the command that results.json
+    keeps names every override."""
+    return patch_drop_rate_of(recipe) == patch_drop_rate_of(RECIPES.get(recipe.recipe, recipe))
 
 
 def may_see_less(recipe: Recipe) -> bool:
     """Whether a step may see smaller images or leave out patches; a checkpoint's network is not known yet."""
-    rate = parse_overrides(recipe.config_overrides).get("patch_drop_rate")
-    return recipe.initial_image_size is not None or recipe.model_name_or_path is not None or bool(rate)
+    is_small = recipe.initial_image_size is not None
+    return is_small or recipe.model_name_or_path is not None or patch_drop_rate_of(recipe) > 0
 
 
 def _parts(text: str | None) -> list[str]:

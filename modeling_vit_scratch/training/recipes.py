@@ -301,6 +301,11 @@ COUNTED_LENGTHS = ("max_steps", "num_train_epochs")
 FULL_SIZE_STEP = 0.6  # where --initial_image_size is given and --full_size_step is not
 
 
+def full_size_step_of(full_size_step: float | None, initial_image_size: int | None) -> float | None:
+    """The step from which on all is seen, of a recipe with these two fields; None: there is no such step."""
+    return FULL_SIZE_STEP if full_size_step is None and initial_image_size is not None else full_size_step
+
+
 def check_range(name: str, value: Any, limits: Any):
     """Raises UserError where the value lies outside the limits that its field names. None is always allowed."""
     if value is None:

@@ -10,6 +10,7 @@ with all of them). Both may go together.
 Evaluation sees all. Photographs are decoded to the full size too: straight to the smaller one would be cheaper.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,8 @@ from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchForImageClassification, num_kept_patches
 from ..results.summary import training_flops
 from .features import can_cache_features
-from .overrides import own_patch_drop_rate
-from .recipes import FULL_SIZE_STEP, Recipe
+from .overrides import has_own_patch_drop_rate
+from .recipes import FULL_SIZE_STEP, Recipe, full_size_step_of
 from .schedules import in_steps, steps_text
 
 LEAST_PATCHES = 8  # that a recipe's own rate must leave of an image
@@ -136,42 +137,36 @@ def resolution_of(recipe: Recipe, chosen: frozenset[str], config: ViTScratchConf
     seen instead, which the run says.
     """
     why_full = _why_full(recipe, chosen, config, num_samples)
-    size = recipe.initial_image_size if why_full is None else None
-    why_all = _why_all_patches(recipe, config, size)
-    is_frozen = recipe.finetune == "head"  # such a backbone sees every patch
-    rate = 0.0 if is_frozen or why_all is not None else config.patch_drop_rate
+    seen = Resolution(
+        initial_size=recipe.initial_image_size if why_full is None else None,
+        full_size_step=full_size_step_of(recipe.full_size_step, recipe.initial_image_size),
+        patch_drop_rate=0.0 if recipe.finetune == "head" else config.patch_drop_rate,  # a frozen backbone sees all
+    )
     notes = [] if why_full is None else [f"all images have their full size: {why_full}"]
-    notes += [] if why_all is None or is_frozen else [f"no patches are left out: {why_all}"]
-    step = recipe.full_size_step
-    if size is None and not rate:
-        if step is not None and "full_size_step" in chosen:
+    if (why_all := _why_all_patches(recipe, config, seen)) is not None:
+        notes.append(f"no patches are left out: {why_all}")
+        seen = dataclasses.replace(seen, patch_drop_rate=0.0)
+    if seen.initial_size is None and not seen.patch_drop_rate:
+        if recipe.full_size_step is not None and "full_size_step" in chosen:
             reason = " ".join(f"Here {note}" for note in notes)
             raise UserError(
                 "--full_size_step has no effect here: it goes with --initial_image_size, or with the patch_drop_rate "
                 f"of a network that is trained. {reason}".rstrip()
             )
         return Resolution(notes=tuple(notes))
-    if step is None and recipe.initial_image_size is not None:
-        step = FULL_SIZE_STEP
-    return Resolution(size, step, rate, tuple(notes))
+    return dataclasses.replace(seen, notes=tuple(notes))
 
 
-def _why_all_patches(recipe: Recipe, config: ViTScratchConfig, initial_size: int | None) -> str | None:
-    """Why no patches are left out though the configuration has a rate; None: they are, or it has none.
-
-    A rate is the recipe's own by its value: the command that results.json keeps names every override.
-    """
-    rate = config.patch_drop_rate
-    if not rate:
+def _why_all_patches(recipe: Recipe, config: ViTScratchConfig, seen: Resolution) -> str | None:
+    """Why the patches that would not be seen are not left out; None: they are, or there are none."""
+    if not seen.patch_drop_rate:
         return None
     if recipe.specimen is not None:
         return "a specimen sees them all."
-    grid = config.patch_grid if initial_size is None else config.patch_grid_of(initial_size, initial_size)
-    number = grid[0] * grid[1]
-    kept = num_kept_patches(number, rate)
-    if kept >= LEAST_PATCHES or recipe.model_name_or_path is not None or rate != own_patch_drop_rate(recipe):
+    kept, number = seen.patches(config, is_initial=True)
+    if kept >= LEAST_PATCHES or recipe.model_name_or_path is not None or not has_own_patch_drop_rate(recipe):
         return None
-    return f"the recipe's patch_drop_rate {rate:g} would leave {kept} of {number}."
+    return f"the recipe's patch_drop_rate {seen.patch_drop_rate:g} would leave {kept} of {number}."
 
 
 def _why_full(recipe: Recipe, chosen: frozenset[str], config: ViTScratchConfig, num_samples: int) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UserError
 from .checkpointing import checkpoints, damage, newest_whole, remove, step_of
 from .overrides import may_see_less, parse_overrides
-from .recipes import COUNTED_LENGTHS, FULL_SIZE_STEP, MAY_CHANGE_ON_RESUME, Recipe, with_defaults
+from .recipes import COUNTED_LENGTHS, MAY_CHANGE_ON_RESUME, Recipe, full_size_step_of, with_defaults
 
 OURS = (
     "recipe.json", "bad_images.json", "metrics.jsonl", "results.json", "report.html", "plots", "tensorboard",
@@ -93,8 +93,8 @@ def _checkpoint_to_take(folder: Path, recipe: Recipe) -> Path | None:
 def may_change_on_resume(recipe: Recipe) -> frozenset[str]:
     """The fields in which a resumed run may differ: its length too, where no step depends on how many there are."""
     shares = [recipe.warmup_steps, recipe.mixup_off_step]  # under 1 they are shares of all steps
-    if may_see_less(recipe) and (recipe.initial_image_size is not None or recipe.full_size_step is not None):
-        shares.append(FULL_SIZE_STEP if recipe.full_size_step is None else recipe.full_size_step)
+    if may_see_less(recipe):
+        shares.append(full_size_step_of(recipe.full_size_step, recipe.initial_image_size))
     is_open_ended = recipe.lr_scheduler_type == "constant" and not any(0 < (share or 0) < 1 for share in shares)
     return MAY_CHANGE_ON_RESUME | frozenset(COUNTED_LENGTHS if is_open_ended and recipe.time_budget is None else ())
 
@@ -109,8 +109,8 @@ def _refuse_another_recipe(folder: Path, old: dict[str, Any], recipe: Recipe, fa
     old = with_defaults(old)
     if _fields_of(old["config_overrides"]) == _fields_of(recipe.config_overrides):
         old = {**old, "config_overrides": recipe.config_overrides}  # the same fields, in other words
-    if old["initial_image_size"] is not None and old["full_size_step"] is None:
-        old = {**old, "full_size_step": FULL_SIZE_STEP if recipe.full_size_step is not None else None}
+    if recipe.full_size_step is not None:
+        old = {**old, "full_size_step": full_size_step_of(old["full_size_step"], old["initial_image_size"])}
     free = may_change_on_resume(recipe) | {"num_processes"}
     compared = [name for name in new if name not in free]
     differing = [f"{name}: {old.get(name)!r} -> {new[name]!r}" for name in compared if old.get(name) != new[name]]
