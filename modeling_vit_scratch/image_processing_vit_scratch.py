@@ -25,6 +25,8 @@ def pil_to_channels(image: Any, num_channels: int) -> Any:
         image = image.convert("RGBA")  # the same colours; straight to RGB, PIL warns
     if image.mode.startswith("I"):  # I;16, I;16B, I: 16-bit grey of PNG and TIFF
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if image.mode == "LAB":
+        image = image.convert("RGB")  # PIL knows no straight way to grey
     mode = "L" if num_channels == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode)
 

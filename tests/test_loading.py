@@ -14,10 +14,12 @@ from PIL import Image
 from modeling_vit_scratch import ViTScratchImageProcessor, ViTScratchImageProcessorPil
 from modeling_vit_scratch.data.augmentation import normalise
 from modeling_vit_scratch.data.decoding import BadImageError, Decoder, normalisation, open_image, probe
-from modeling_vit_scratch.data.examples import Example
+from modeling_vit_scratch.data.examples import ArrayExamples, Example
 from modeling_vit_scratch.data.loading import Batch, EvaluationData, TrainingData, joined
 from modeling_vit_scratch.data.sources import open_source
+from modeling_vit_scratch.data.splits import Source, Split
 from modeling_vit_scratch.errors import UserError
+from modeling_vit_scratch.training.network import probe_source
 
 CPU = torch.device("cpu")
 SMALL = {"size": {"height": 8, "width": 8}}
@@ -80,6 +82,15 @@ def test_photographs_are_turned_upright():
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", exif=exif)
     assert open_image(Example(buffer.getvalue(), 0, "x")).size == (10, 20)
+
+
+@pytest.mark.parametrize("rest", ["colour", "larger"])
+def test_images_that_lie_behind_thousands_of_others_count_for_size_and_channels(rest):
+    greys, colours = np.zeros((4700, 4, 4), dtype=np.uint8), np.zeros((300, 4, 4, 3), dtype=np.uint8)
+    others = list(colours) if rest == "colour" else [np.zeros((5, 5), dtype=np.uint8)] * 300
+    split = Split(ArrayExamples([*greys, *others], np.zeros(5000, dtype=int), "sorted"))
+    found = probe_source(Source("sorted", {"train": split}, ["a", "b"], None, False))
+    assert found == (((4, 4), 3) if rest == "colour" else (None, 1))
 
 
 def test_probe_tells_one_size_from_several_and_grey_from_colour():

@@ -1,6 +1,9 @@
 """Several labels an image, from a metadata file to a pipeline's answer."""
 
+import ast
+import contextlib
 import csv
+import io
 import json
 
 import numpy as np
@@ -53,7 +56,13 @@ def test_every_label_of_an_image_is_learned(colours, tmp_path, streaming):
     answers = {row["label"]: row["score"] for row in classify(str(tmp_path / "test" / "5.png"))}  # 5: red and blue
     assert answers["red"] > 0.5 and answers["blue"] > 0.5 and answers["green"] < 0.5  # sigmoids, each for itself
     card = (model / "README.md").read_text()
-    assert "Micro F1" in card and "Mean average precision" in card
+    assert "Micro F1" in card and "Mean average precision" in card and "Exact match" in card
+    assert "tells which of 3 classes an image has" in card and "sorts images" not in card
+    code = card.split("```python")[2].split("```")[0].replace("your-name/run", str(model))
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(code.replace("picture.jpg", str(tmp_path / "test" / "5.png")), {})
+    assert set(ast.literal_eval(output.getvalue())) == {"red", "blue"}
 
 
 def test_a_limited_set_of_several_labels_an_image_has_as_many_as_asked_for(colours, tmp_path):

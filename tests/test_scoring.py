@@ -168,6 +168,44 @@ def test_names_that_occur_twice_are_told_apart_by_their_places_or_not_at_all():
         match_classes(source_of(["cat", "crane"]), names)
 
 
+def test_a_class_that_no_image_has_need_not_be_known():
+    numbers = source_of(["0", "1", "2"], labels=[1, 2, 2])  # classes 1 and 2 in a table's numbers
+    matched = match_classes(numbers, ["1", "2"])
+    assert matched.label_ids_of("test").tolist() == [0, 1, 1] and matched.notes == []
+    with pytest.raises(UserError, match="No class '2'"):
+        match_classes(numbers, ["0", "1"])
+
+
+def test_a_table_of_numbers_is_scored_by_a_model_of_their_names(save_model, tmp_path, capsys):
+    root = tmp_path / "photos"
+    root.mkdir()
+    rows = [f"{index}.png,{index % 2 + 1}" for index in range(4)]
+    for index, image in enumerate(make_images(4)):
+        image.save(root / f"{index}.png")
+    (root / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    found = scores_of(capsys, tmp_path, save_model(["1", "2"]), "--test_dir", root)
+    assert [row["support"] for row in found["per_class"]] == [2, 2]
+
+
+def test_a_class_folder_without_images_is_told_and_does_not_stop_it(digits, capsys, tmp_path):
+    folder, photos, _ = digits
+    for name in ("1", "7"):
+        shutil.copytree(photos / name, tmp_path / "part" / name)
+    (tmp_path / "part" / "3").mkdir()
+    code, out, _ = evaluated(capsys, folder, "--test_dir", tmp_path / "part")
+    assert code == 0 and "the folder '3' is empty.\n" in out and "images of 2 classes" in out
+
+
+def test_a_dataset_without_a_training_split_can_be_scored(save_model, parquet_repo, tmp_path, capsys):
+    repo = parquet_repo(validation=[6], test=[9])
+    model = save_model(["class 0", "class 1", "class 2"])
+    for streaming in ("false", "true"):
+        found = scores_of(capsys, tmp_path, model, "--dataset_name", repo, "--streaming", streaming)
+        assert found["num_images"] == 9 and [row["support"] for row in found["per_class"]] == [3, 3, 3]
+    with pytest.raises(UserError, match="has no training split; it has: "):
+        open_source(str(repo))
+
+
 def test_a_part_of_the_classes_can_be_scored(digits, capsys, tmp_path):
     folder, photos, _ = digits
     for name in ("1", "7"):
@@ -203,6 +241,11 @@ def test_several_classes_an_image_are_scored_as_scikit_learn_does(save_model, tm
     assert code == 0 and "Mean average precision" in out and "Confusion" not in out
     code, _, err = evaluated(capsys, folder, "--test_dir", root, "--picture", tmp_path / "a.png")
     assert code == 2 and "any number an image" in err
+    rows = [f"{index:02d}.png,{names[index % 3]}" for index in range(16)]  # each image happens to have one class
+    (root / "metadata.csv").write_text("\n".join(["file_name,labels", *rows]))
+    found = scores_of(capsys, tmp_path, folder, "--test_dir", root)
+    expected = accuracy_score([[name == names[index % 3] for name in names] for index in range(16)], answers)
+    assert found["accuracy"] == expected
     code, _, err = evaluated(capsys, folder, "--dataset_name", "digits")
     assert code == 2 and "gives an image any number of classes, digits has one class for each" in err
 
@@ -240,6 +283,7 @@ def test_a_folder_of_splits_is_said_to_be_one_by_the_flag_of_this_command(digits
     (tmp_path / "all" / "test").mkdir()
     _, _, err = evaluated(capsys, digits[0], "--test_dir", tmp_path / "all")
     assert "holds splits, not classes" in err and "--train_dir" not in err
+    assert err.rstrip().endswith(f"did you mean --test_dir {tmp_path / 'all' / 'test'}?")
 
 
 def test_images_that_cannot_be_read_stop_it_or_are_left_out_and_named(digits, tmp_path, capsys):

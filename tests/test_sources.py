@@ -1,13 +1,25 @@
 """Datasets are found, their columns and splits told, and what cannot be told is said in one line."""
 
+import io
+import tarfile
+
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import make_images
 from sklearn.datasets import load_digits
 
 from modeling_vit_scratch.data.sources import DATASETS, find_columns, open_source
 from modeling_vit_scratch.errors import UserError
+
+
+def as_png(image):
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG")
+    return encoded.getvalue()
 
 
 def class_counts(source, split):
@@ -113,16 +125,26 @@ def test_streamed_rows_are_those_of_the_table(parquet_repo):
     ]
 
 
-def test_webdataset_folders_are_streamed(tmp_path):
-    import io
-    import tarfile
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_are_what_the_card_says_where_the_files_do_not(tmp_path, streaming):
+    cells = [{"bytes": as_png(image), "path": f"{index}.png"} for index, image in enumerate(make_images(6))]
+    table = pa.table({"image": cells, "label": [0, 1, 0, 1, 0, 1]})  # no types of `datasets` among its facts
+    (tmp_path / "repo" / "data").mkdir(parents=True)
+    pq.write_table(table, tmp_path / "repo" / "data" / "train-00000-of-00001.parquet")
+    names = {"class_label": {"names": {"0": "cat", "1": "dog"}}}
+    features = [{"name": "image", "dtype": "image"}, {"name": "label", "dtype": names}]
+    split = {"name": "train", "num_examples": 6, "num_bytes": 1}
+    card = yaml.safe_dump({"dataset_info": {"features": features, "splits": [split]}})
+    (tmp_path / "repo" / "README.md").write_text(f"---\n{card}---\n")
+    source = open_source(str(tmp_path / "repo"), streaming=streaming, train_val_split=0)
+    assert source.class_names == ["cat", "dog"] and source.label_ids_of("train").tolist() == [0, 1, 0, 1, 0, 1]
 
+
+def test_webdataset_folders_are_streamed(tmp_path):
     for shard in range(2):
         with tarfile.open(tmp_path / f"train-{shard:04d}.tar", "w") as archive:
             for row, image in enumerate(make_images(5, seed=shard)):
-                encoded = io.BytesIO()
-                image.save(encoded, format="PNG")
-                for ending, content in (("png", encoded.getvalue()), ("cls", str(row % 3).encode())):
+                for ending, content in (("png", as_png(image)), ("cls", str(row % 3).encode())):
                     info = tarfile.TarInfo(f"sample{shard}{row}.{ending}")
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))

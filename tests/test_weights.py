@@ -136,6 +136,18 @@ def test_the_processor_is_the_checkpoints_and_grey_has_the_mean_of_its_colours(c
 # ---------------------------------------------------------------- from_pretrained
 
 
+def test_as_many_classes_as_there_are_keep_another_librarys_head_and_its_names(tmp_path):
+    names = {"id2label": {0: "cat", 1: "dog", 2: "newt"}, "label2id": {"cat": 0, "dog": 1, "newt": 2}}
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    theirs = ViTForImageClassification(ViTConfig(**shape, image_size=16, patch_size=8, **names))
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = ViTScratchForImageClassification.from_pretrained(tmp_path / "hf", num_labels=3)
+    assert torch.equal(ours.classifier.weight, theirs.classifier.weight)
+    assert ours.config.id2label == names["id2label"] and ours.config.label2id == names["label2id"]
+    other = ViTScratchForImageClassification.from_pretrained(tmp_path / "hf", num_labels=4)
+    assert other.classifier.weight.shape == (4, 32) and other.config.id2label[3] == "LABEL_3"
+
+
 def test_from_pretrained_never_leaves_a_weight_to_chance(checkpoint):
     model, info = ViTScratchForImageClassification.from_pretrained(checkpoint, output_loading_info=True)
     assert not info["missing_keys"] and model.dtype == torch.bfloat16

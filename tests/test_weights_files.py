@@ -11,6 +11,8 @@ import pytest
 import torch
 from hub_stand_in import HubStandIn, Repository
 from safetensors.torch import load_file, save_file
+from small_vit import build, images
+from test_run_train import run
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torchvision.models import VisionTransformer as TorchvisionViT
 from transformers import ViTConfig, ViTForImageClassification
@@ -190,6 +192,58 @@ def test_sizes_of_old_image_processors_are_understood(tmp_path, said, expected):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
     size = load_processor(str(tmp_path)).size
     assert {side: size[side] for side in expected} == expected
+
+
+def test_what_training_goes_on_from_is_said_to_be_that(tmp_path):
+    run(tmp_path / "run", "--max_steps", 2)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
+    for name in (checkpoint, checkpoint / "model.safetensors"):
+        with pytest.raises(UserError, match=r"what training goes on from .*the run's model is .*run/model\."):
+            load_pretrained(str(name))
+
+
+def test_a_bare_file_of_this_packages_own_is_read_where_shapes_tell_it(tmp_path):
+    network = build(hidden_size=64, num_attention_heads=1, use_cls_token=False, pooling="mean", layer_norm_eps=1e-12)
+    save_file(network.state_dict(), tmp_path / "own.safetensors")
+    model, report = load_pretrained(str(tmp_path / "own.safetensors"))
+    assert report.inferred["pooling"] == "mean"
+    assert torch.equal(model(images()).logits, network(images()).logits)
+    save_file(build(hidden_size=64, position_embedding_type="sincos2d").state_dict(), tmp_path / "fixed.safetensors")
+    with pytest.raises(UserError, match="has no learned positions.*read with its config.json: name their folder"):
+        load_pretrained(str(tmp_path / "fixed.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("model.pth", b"hello", r"damaged: model.pth: it holds something else \(KeyError: "),
+        ("model.npz", {"embedding/kernel": np.array(["a"])}, r"damaged: model.npz: "),
+        ("model.safetensors.index.json", b"{}", "damaged: model.safetensors.index.json has no weight_map"),
+        ("model.safetensors.index.json", b"[]", "damaged: model.safetensors.index.json holds no object"),
+        ("model.safetensors.index.json", b'{"weight_map": []}', "has no weight_map"),
+    ],
+)
+def test_files_that_hold_something_else_are_said_to_be_damaged(tmp_path, name, content, text):
+    (tmp_path / "config.json").write_text("{}")
+    if isinstance(content, dict):
+        np.savez(tmp_path / name, **content)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=text):
+        load_pretrained(str(tmp_path if name.endswith(".json") else tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [({"id2label": ["cat", "dog"]}, r"has id2label \['cat', 'dog'\]; expected"), ({"image_size": "20"}, "image_size")],
+)
+def test_a_config_whose_fields_are_of_another_kind_is_said_in_one_line(tmp_path, wrong, text):
+    ViTForImageClassification(ViTConfig(**HF)).save_pretrained(tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**facts, **wrong}))
+    with pytest.raises(UserError, match=text) as caught:
+        load_pretrained(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------- the Hub

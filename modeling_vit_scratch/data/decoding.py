@@ -227,26 +227,40 @@ class Decoder:
             rng = random.Random(derived_seed(self.seed, "crop", epoch, sample))
             crop = read_crop(example, partial(self._draw_box, rng), self.size, num_channels)
             return resized(crop, self.size, int(self.processor.resample))
-        image = pil_to_channels(open_image(example), num_channels)
-        if image.size[::-1] != self.size or self.processor.do_center_crop:
-            pixels = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
-            return pixels[0].to(torch.uint8)
-        return _pixels(image, num_channels).permute(2, 0, 1)  # (C, H, W)
+        image = open_image(example)
+        try:
+            return self._evaluated(image)
+        except ValueError as error:  # channels that the network has not, or pixels of another kind
+            raise BadImageError(example.name, " ".join(str(error).split()).rstrip(".")) from error
+
+    def _evaluated(self, image: Image.Image) -> torch.Tensor:
+        num_channels = self.processor.num_channels
+        image = pil_to_channels(image, num_channels)
+        if image.size[::-1] == self.size and not self.processor.do_center_crop:
+            return _pixels(image, num_channels).permute(2, 0, 1)  # (C, H, W)
+        pixels = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+        if pixels.shape[1:] != self.size:
+            (height, width), (tall, wide) = pixels.shape[1:], self.size
+            raise ValueError(f"it has {height} x {width} pixels, and a processor without resize takes {tall} x {wide}")
+        return pixels.to(torch.uint8)
 
     def _draw_box(self, rng: random.Random, full: tuple[int, int]) -> Box:
         return random_crop_box(full, self.crop_scale, rng, self.crop_ratio)
 
 
 def output_size(processor: Processor) -> tuple[int, int]:
-    """(height, width) of what the processor makes of an image."""
+    """(height, width) of what the processor makes of an image. Raises UserError where images differ in it."""
     size: Any = processor.crop_size if processor.do_center_crop else processor.size
+    if "height" not in size:
+        raise UserError("The image processor resizes the shorter side and crops nothing: images would differ in size.")
     return size["height"], size["width"]
 
 
 def normalisation(processor: Processor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, std) as tensors (C, 1, 1) for uint8 pixels: what the processor does after rescaling, in one pass."""
-    scale = torch.tensor(1.0 / processor.rescale_factor, dtype=torch.float32)
-    mean, std = (torch.tensor(v, dtype=torch.float32) * scale for v in (processor.image_mean, processor.image_std))
+    """(mean, std) as tensors (C, 1, 1) for uint8 pixels: how the processor rescales and normalises, in one pass."""
+    scale = torch.tensor(1.0 / processor.rescale_factor if processor.do_rescale else 1.0, dtype=torch.float32)
+    values = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+    mean, std = (torch.tensor(v, dtype=torch.float32).expand(processor.num_channels) * scale for v in values)
     return mean[:, None, None].to(device), std[:, None, None].to(device)
 
 

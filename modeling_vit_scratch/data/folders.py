@@ -55,37 +55,44 @@ class _Found:
         ]
 
 
-def open_folders(folders: dict[str, str | None], label_column: str | None) -> Folders:
-    """The images and classes of these folders (split -> folder, None: no such split); training rules the classes.
+def open_folders(
+    folders: dict[str, str | None], label_column: str | None, ruling: str = "train", is_multi_label: bool = False
+) -> Folders:
+    """The images and classes of these folders (split -> folder, None: no such split).
 
-    Raises UserError, naming the file or class, for what cannot be trained on as it lies there.
+    ruling: the split that rules the classes. is_multi_label: single labels of its metadata file are sets of one, for a
+    model that gives an image any number. Raises UserError, naming the file or class, for what cannot be trained on, or
+    scored, as it lies there.
     """
     given = {split: folder for split, folder in folders.items() if folder is not None}
     notes: list[str] = []
-    found = {split: _index_folder(split, folder, label_column, notes) for split, folder in given.items()}
+    found = {split: _index_folder(split, folder, label_column, notes, ruling) for split, folder in given.items()}
     notes += _overlap_notes(found.values())
     if label_column is not None and not any(split.metadata for split in found.values()):
         raise UserError(
-            f"--label_column_name has no effect here: {shown(found['train'].root)} has no metadata file, "
+            f"--label_column_name has no effect here: {shown(found[ruling].root)} has no metadata file, "
             "its folders' names are the classes."
         )
-    _bring_to_one_kind(found)
-    class_names, label_ids = classes_of(flat(found["train"].labels))
+    if is_multi_label and found[ruling].metadata is not None and not found[ruling].is_multi_label:
+        found[ruling].labels = [(label,) for label in found[ruling].labels]
+    _bring_to_one_kind(found, found[ruling])
+    class_names, label_ids = classes_of(flat(found[ruling].labels))
     known = range(len(class_names)) if label_ids is None else label_ids
     for split in found.values():
-        if split.split != "train":
+        if split.split != ruling:
             _refuse_strangers(split, known, class_names)
         present = set(flat(split.labels))
         missing = [repr(name) for label, name in zip(known, class_names, strict=True) if label not in present]
-        if missing:
+        if missing and ruling == "train":
             notes.append(
                 f"{split.flag} {shown(split.root)} has no images of {len(missing)} of the {len(class_names)} classes: "
                 f"{some(missing)}."
             )
         for name in sorted(set(split.empty_classes).difference(class_names)):
-            notes.append(f"{split.flag} {shown(split.root)}: the folder {name!r} is empty, and no class of training.")
+            what = "" if split.split == ruling else ", and no class of training"
+            notes.append(f"{split.flag} {shown(split.root)}: the folder {name!r} is empty{what}.")
     examples = {name: FolderExamples(split.paths, split.labels) for name, split in found.items()}
-    return Folders(examples, class_names, label_ids, found["train"].is_multi_label, notes)
+    return Folders(examples, class_names, label_ids, found[ruling].is_multi_label, notes)
 
 
 def flat(labels: Iterable[Any]) -> Iterable[Any]:
@@ -109,14 +116,14 @@ def _overlap_notes(found: Iterable[_Found]) -> list[str]:
     return notes
 
 
-def _index_folder(split: str, folder: str, label_column: str | None, notes: list[str]) -> _Found:
+def _index_folder(split: str, folder: str, label_column: str | None, notes: list[str], ruling: str) -> _Found:
     """The images below a folder in their order with their labels; adds to `notes` what is left out."""
     flag, root = f"--{split}_dir", os.path.expanduser(folder)
     if not os.path.isdir(root):
         raise UserError(f"{flag} {shown(folder)}: there is no such folder.")
     listing = Listing(root)
-    if split == "train":
-        _refuse_splits(listing)
+    if split == ruling:
+        _refuse_splits(listing, flag)
     if len(listing.metadata) > 1:
         raise UserError(f"{flag} has {' and '.join(map(shown, listing.metadata))}: keep one of them.")
     metadata = listing.metadata[0] if listing.metadata else None
@@ -149,7 +156,7 @@ def _index_folder(split: str, folder: str, label_column: str | None, notes: list
     return _Found(split, flag, root, images, labels, None, empty)
 
 
-def _refuse_splits(listing: Listing):
+def _refuse_splits(listing: Listing, flag: str):
     names = [os.path.basename(path) for path, _ in listing.folders]
     aliases = {alias: split for split, known in SPLIT_NAMES.items() for alias in known}
     if not names or not all(name.lower() in aliases for name in names):
@@ -158,7 +165,9 @@ def _refuse_splits(listing: Listing):
     for name in names:
         meant.setdefault(aliases[name.lower()], os.path.join(listing.root, name))
     flags = " ".join(f"--{split}_dir {shown(meant[split])}" for split in SPLIT_NAMES if split in meant)
-    raise UserError(f"--train_dir {shown(listing.root)} holds splits, not classes; did you mean {flags}?")
+    if flag == "--test_dir":
+        flags = f"{flag} {shown(next(meant[split] for split in reversed(SPLIT_NAMES) if split in meant))}"
+    raise UserError(f"{flag} {shown(listing.root)} holds splits, not classes; did you mean {flags}?")
 
 
 def _refuse_class_names(root: str, names: list[str]):
@@ -210,9 +219,8 @@ def _refuse_strangers(found: _Found, known: Iterable[Any], class_names: list[str
 # ---------------------------------------------------------------- metadata: names or numbers, one or several
 
 
-def _bring_to_one_kind(found: dict[str, _Found]):
-    """Makes the raw labels of all splits numbers, or names, and one or several an image, as in training."""
-    train = found["train"]
+def _bring_to_one_kind(found: dict[str, _Found], train: _Found):
+    """Makes the raw labels of all splits numbers, or names, and one or several an image, as in the ruling `train`."""
     is_number = re.compile(r"-?[0-9]{1,18}").fullmatch
     is_text = train.metadata is None or not train.metadata.endswith(".csv")  # in csv numbers are written like names
     if all(type(label) is int or (not is_text and is_number(label)) for label in flat(train.labels)):

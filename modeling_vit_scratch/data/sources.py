@@ -58,19 +58,27 @@ def open_source(
     seed: int = 0,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
+    needs_training: bool = True,
 ) -> Source:
-    """The source that the flags of the same names describe. Raises UserError for what cannot be found or decided."""
+    """The source that the flags of the same names describe. Raises UserError for what cannot be found or decided.
+
+    needs_training: whether a dataset without a training split is refused; else any of its splits tells the classes.
+    """
     if train_dir is not None:
         given = {"train": train_dir, "validation": validation_dir, "test": test_dir}
         source = _open_folders(given, label_column_name, streaming)
     elif dataset_name == "digits":
         source = _open_digits(streaming)
     else:
-        source = _open_table(dataset_name, dataset_config_name, image_column_name, label_column_name, streaming)
+        source = _open_table(
+            dataset_name, dataset_config_name, image_column_name, label_column_name, streaming, needs_training
+        )
     if len(source.class_names) < 2:
         raise UserError(
             f"{source.name} has a single class ({', '.join(source.class_names) or 'none'}); a classifier needs two."
         )
+    if "train" not in source.splits:
+        return source
     if not len(source.splits["train"]):
         raise UserError(f"{source.name}: the training split is empty.")
     hold_out(source, train_val_split, seed)
@@ -118,6 +126,7 @@ def _open_table(
     image_column: str | None,
     label_column: str | None,
     streaming: bool,
+    needs_training: bool,
 ) -> Source:
     row, location = _locate(dataset_name)
     config_name = config_name or row.config_name
@@ -127,9 +136,10 @@ def _open_table(
     if kind.endswith("folder"):
         raise UserError(f"--dataset_name {dataset_name} is a folder of images: name it with --train_dir instead.")
     theirs = {ours: _split_name(ours, row, list(files)) for ours in SPLIT_NAMES}
-    if theirs["train"] is None:
-        raise UserError(f"{dataset_name} has no training split; it has: {', '.join(files)}.")
     used = {ours: split for ours, split in theirs.items() if split is not None}
+    if (theirs["train"] is None and needs_training) or not used:
+        raise UserError(f"{dataset_name} has no training split; it has: {', '.join(files)}.")
+    first = next(iter(used))  # training's, or where there is none, that of another split
     image_column, label_column = image_column or row.image_column, label_column or row.label_column
 
     if kind == "webdataset" and streaming:
@@ -154,21 +164,21 @@ def _open_table(
                 "Use --streaming false, or a copy in parquet."
             )
         with hub_errors(str(dataset_name)), quiet_hub():
-            features = _parquet_features(files[used["train"]][0])
+            features = _stream_features(files[used[first]][0], builder.info.features)
             columns = find_columns(features, image_column, label_column, dataset_name)
             examples = {ours: ParquetExamples(files[split], *columns) for ours, split in used.items()}
             _compare_with_card(dataset_name, builder.info.splits, used, examples)
     else:
         with hub_errors(dataset_name), quiet_hub():
             tables = {ours: datasets.load_dataset(location, config_name, split=s) for ours, s in used.items()}
-        features = tables["train"].features
+        features = tables[first].features
         columns = find_columns(features, image_column, label_column, dataset_name)
         examples = {
             ours: TableExamples(table, *columns, f"{Path(dataset_name).name} {ours}") for ours, table in tables.items()
         }
     feature = features[columns[1]]
     is_multi_label = isinstance(feature, LISTS)
-    class_names, label_ids = _classes(feature.feature if is_multi_label else feature, examples["train"], is_multi_label)
+    class_names, label_ids = _classes(feature.feature if is_multi_label else feature, examples[first], is_multi_label)
     splits = {ours: Split(found) for ours, found in examples.items()}
     repository = None if os.path.isdir(location) else location
     return Source(
@@ -200,8 +210,10 @@ def _split_name(ours: str, row: DatasetRow, available: list[str]) -> str | None:
     return next((name for name in SPLIT_NAMES[ours] if name in available), None)
 
 
-def _parquet_features(url: str) -> datasets.Features:
-    return datasets.Features.from_arrow_schema(read_footer(url).schema.to_arrow_schema())
+def _stream_features(url: str, stated: datasets.Features | None) -> datasets.Features:
+    """The types of columns as the repository's card states them, as load_dataset takes them, else as the file does."""
+    written = datasets.Features.from_arrow_schema(read_footer(url).schema.to_arrow_schema())
+    return stated if stated is not None and set(stated) == set(written) else written
 
 
 def _compare_with_card(name: str | None, stated: Any, used: dict[str, str], examples: dict[str, ParquetExamples]):

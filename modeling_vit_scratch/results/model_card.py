@@ -60,9 +60,14 @@ processor = AutoImageProcessor.from_pretrained("{model}", trust_remote_code=True
 model = AutoModelForImageClassification.from_pretrained("{model}", trust_remote_code=True)
 inputs = processor(Image.open("picture.jpg"), return_tensors="pt")
 with torch.inference_mode():
-    probabilities = model(**inputs).logits.softmax(-1)[0]
-print(model.config.id2label[probabilities.argmax().item()], probabilities.max().item())
+    probabilities = model(**inputs).logits.{probabilities}[0]
+{answer}
 ```"""
+ONE_CLASS = ("softmax(-1)", "print(model.config.id2label[probabilities.argmax().item()], probabilities.max().item())")
+ANY_CLASSES = (
+    "sigmoid()",
+    "print({model.config.id2label[i]: p for i, p in enumerate(probabilities.tolist()) if p > 0.5})",
+)
 
 
 def write_model_card(run_dir: str | Path) -> Path:
@@ -154,10 +159,16 @@ def benchmark_result(run: RunRecord) -> EvalResultEntry | None:
 
 def body(run: RunRecord) -> str:
     """The card's text."""
-    parts = [f"# {markdown(run.name)}", introduction(run), score_table(run), USE.format(model=model_id(run))]
+    parts = [f"# {markdown(run.name)}", introduction(run), score_table(run), use(run)]
     parts += [training(run), *(f"![{text}](plots/{name})" for name, text in pictures(run).items())]
     parts += [f"## Limits\n\n{bullets(limits(run))}"]
     return "\n\n".join(filter(None, parts))
+
+
+def use(run: RunRecord) -> str:
+    """How the model is loaded and asked, in code."""
+    probabilities, answer = ANY_CLASSES if run.is_multi_label else ONE_CLASS
+    return USE.format(model=model_id(run), probabilities=probabilities, answer=answer)
 
 
 def introduction(run: RunRecord) -> str:
@@ -167,7 +178,9 @@ def introduction(run: RunRecord) -> str:
     start, revision = (run.recipe.get(name) for name in ("model_name_or_path", "model_revision"))
     at = f" at {markdown(revision)}" if revision else ""
     origin = f", fine-tuned from {markdown(public_word(start))}{at}," if start else ""
-    sentence = f"A plain Vision Transformer (`vit_scratch`){size}{origin} that sorts images into {len(names)} classes"
+    does = "tells which of" if run.is_multi_label else "sorts images into"
+    classes = f"{len(names)} classes" + (" an image has, any number of them" if run.is_multi_label else "")
+    sentence = f"A plain Vision Transformer (`vit_scratch`){size}{origin} that {does} {classes}"
     if len(names) <= MOST_CLASSES_NAMED:
         return f"{sentence}: {', '.join(map(markdown, names))}."
     return f"{sentence}; `config.json` lists them under `id2label`."
@@ -182,7 +195,8 @@ def score_table(run: RunRecord) -> str:
     lines = [f"| | {' | '.join(by_split)} |", f"|---|{'---:|' * len(by_split)}"]
     for metric in metrics:
         cells = [metric_text(metric, found[metric]) if metric in found else "–" for found in by_split.values()]
-        lines.append(f"| {metric_label(metric)} | {' | '.join(cells)} |")
+        label = "Exact match" if metric == "accuracy" and run.is_multi_label else metric_label(metric)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(["## Scores", "", *lines])
 
 
@@ -235,8 +249,11 @@ def limits(run: RunRecord) -> list[str]:
     if split := judged_split(calibration):
         error = calibration[split]["expected_calibration_error"]
         trust += f": on the {split} split they are off by {100 * error:.1f} points on average (calibration error)"
+    always = f"answers with one of its {len(run.class_names)} classes whatever the image shows"
+    if run.is_multi_label:
+        always = f"gives each of its {len(run.class_names)} classes a probability of its own and knows no other"
     found = [
-        f"It answers with one of its {len(run.class_names)} classes whatever the image shows, and {trust}.",
+        f"It {always}, and {trust}.",
         "On images unlike those it was trained and scored on it may do worse than its scores.",
         "The scores are those of one run; another seed gives others.",
     ]
@@ -248,7 +265,8 @@ def limits(run: RunRecord) -> list[str]:
         num_images = split_sizes(results).get(split)
         if num_images and "accuracy" in values:
             points = 100 * accuracy_margin(values["accuracy"], num_images)
-            found.append(f"The {split} accuracy was counted on {num_images:,} images: ± {points:.1f} points (95%).")
+            score = "exact match" if run.is_multi_label else "accuracy"
+            found.append(f"The {split} {score} was counted on {num_images:,} images: ± {points:.1f} points (95%).")
     split = judged_split(results.get("per_class"))
     rows = [row for row in results["per_class"][split] if row["support"]] if split else []
     if rows:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..data.augmentation import normalise
-from ..data.decoding import BadImageError, Decoder, Processor, normalisation
+from ..data.decoding import BadImageError, Decoder, Processor, normalisation, output_size
 from ..data.examples import Example
 from ..data.listing import IMAGE_ENDINGS, UNREAD_IMAGE_ENDINGS, is_hidden, shown, some
 from ..errors import UserError
@@ -68,6 +68,12 @@ def open_model(name_or_path: str) -> tuple[ViTScratchForImageClassification, Pro
     try:
         model, report = load_pretrained(name_or_path)
         processor = load_processor(name_or_path)
+        made, taken = output_size(processor), model.config.image_height_width
+        if made != taken:
+            raise UserError(
+                f"{name_or_path}: preprocessor_config.json makes images of {made[0]} x {made[1]} pixels, the network "
+                f"takes {taken[0]} x {taken[1]}: mend one of the two."
+            )
     except UserError as error:  # here it is no flag
         raise UserError(str(error).removeprefix("--model_name_or_path ")) from error
     return model.eval(), processor, report

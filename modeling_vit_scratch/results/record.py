@@ -59,6 +59,12 @@ class RunRecord:
     def class_names(self) -> list[str]:
         return [printable(name) for name in self.results.get("class_names") or []]
 
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image has any number of classes. Runs of older versions do not say; their scores do."""
+        told = any("mean_average_precision" in found for found in scores(self.results).values())
+        return bool(self.results.get("is_multi_label", told))
+
 
 def read_run(run_dir: str | Path) -> RunRecord:
     """The record of a finished run. Raises UserError where a file is missing or cannot be read."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from transformers.utils import is_torchvision_available
 
 from ..configuration_vit_scratch import PRESETS, ViTScratchConfig, pair
@@ -13,12 +14,12 @@ from ..errors import UserError, unknown
 from ..image_processing_vit_scratch import ViTScratchImageProcessor, ViTScratchImageProcessorPil
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..weights import LoadingReport, load_pixel_facts, load_pretrained
+from ..weights.pixels import SMALL, cropped, squashed
 from .overrides import checkpoint_rates, parse_overrides
 from .recipes import Recipe
 from .specimen import make_specimen
 
-NUM_PROBED = 16  # images looked at to tell size and channels
-SMALL = 96  # pixels: images of one size up to this are seen whole, at that size
+NUM_PROBED, NUM_PROBED_OF_STREAM = 64, 16  # images looked at to tell size and channels
 
 
 def source_of(recipe: Recipe) -> Source:
@@ -33,10 +34,13 @@ def source_of(recipe: Recipe) -> Source:
 def probe_source(source: Source) -> tuple[tuple[int, int] | None, int]:
     """((height, width) that all probed training images share, or None; their number of channels)."""
     split = source.splits["train"]
+    if not source.streaming:  # one shard, any row of which is at hand; images often lie sorted by class
+        rows = split.rows(0)
+        return probe(split.examples.read(0, rows[np.linspace(0, len(rows) - 1, min(len(rows), NUM_PROBED), dtype=int)]))
     shard = next(index for index, size in enumerate(split.shard_sizes) if size)
     rows = split.rows(shard)
-    step = max(1, min(len(rows), 4096) // NUM_PROBED)  # spread out, but within what one row group may hold
-    return probe(split.examples.read(shard, rows[:4096:step][:NUM_PROBED]))
+    step = max(1, min(len(rows), 4096) // NUM_PROBED_OF_STREAM)  # spread out, but within what one row group may hold
+    return probe(split.examples.read(shard, rows[:4096:step][:NUM_PROBED_OF_STREAM]))
 
 
 def build_network(
@@ -105,15 +109,16 @@ def build_processor(
 ) -> Processor:
     """The image processor of evaluation: a resize to `size`, or for photographs, a resize and a central crop.
 
-    Mean, std, resampling and the crop's share are the checkpoint's where the network starts from one, unless a person
-    chose others.
+    Mean, std, resampling, the crop's share and how an image comes to be square are the checkpoint's where the network
+    starts from one, unless a person chose others.
     """
     backend = ViTScratchImageProcessor if is_torchvision_available() else ViTScratchImageProcessorPil
     fields: dict[str, Any] = {}
     if recipe.model_name_or_path is not None:
         fields = load_pixel_facts(recipe.model_name_or_path, num_channels, recipe.model_revision)
-    crop_pct = fields.pop("crop_pct", recipe.crop_pct)
-    crop_pct = recipe.crop_pct if "crop_pct" in chosen else crop_pct
+    crop_pct, crop_mode = fields.pop("crop_pct", recipe.crop_pct), fields.pop("crop_mode", "center")
+    if "crop_pct" in chosen:
+        crop_pct, crop_mode = recipe.crop_pct, "center"
     for name in ("image_mean", "image_std"):
         values = getattr(recipe, name)
         if name in fields and name not in chosen:
@@ -125,10 +130,12 @@ def build_processor(
         if name == "image_std" and values is not None and min(values) <= 0:
             raise UserError(f"--image_std must be above 0, got {values}.")
         fields[name] = list(values or [0.5] * num_channels)
-    fields["size"] = {"height": size[0], "width": size[1]}
-    if photographs:
-        fields["size"] = {"shortest_edge": round(max(size) / crop_pct)}
-        fields |= {"do_center_crop": True, "crop_size": {"height": size[0], "width": size[1]}}
+    if not photographs:
+        fields["size"] = {"height": size[0], "width": size[1]}
+    elif crop_mode == "squash":
+        fields |= squashed(size, crop_pct)
+    else:
+        fields |= cropped(size, {"shortest_edge": round(max(size) / crop_pct)})
     return backend(num_channels=num_channels, **fields)
 
 

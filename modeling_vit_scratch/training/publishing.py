@@ -66,6 +66,7 @@ def collect_results(
             "splits": {name: len(split) for name, split in source.splits.items()},
         },
         "class_names": source.class_names,
+        "is_multi_label": source.is_multi_label,
         "changed_fields": changed_fields(recipe),
         "examples": {split: telling_images(e.kept, e.references, e.losses) for split, e in finals.items()},
         **{

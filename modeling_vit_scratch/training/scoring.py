@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data.decoding import Decoder, Processor, normalisation
-from ..data.folders import open_folders
+from ..data.folders import flat, open_folders
 from ..data.listing import shown, some
 from ..data.loading import EvaluationData, is_resident
 from ..data.scan import BadImage, scan_steps, without_bad
@@ -46,18 +46,21 @@ NUM_NAMED = 10  # of the bad images, on the screen
 # ---------------------------------------------------------------- what is scored
 
 
-def open_split(options: Recipe, test_dir: str | None, split: str | None) -> tuple[Source, str]:
+def open_split(
+    options: Recipe, test_dir: str | None, split: str | None, is_multi_label: bool = False
+) -> tuple[Source, str]:
     """The source with the one split that is scored, and that split's name.
 
     test_dir: a folder of images, which is the test split; else the dataset of `options`. split: else test, or
-    validation where there is no test split. Raises UserError for what cannot be found, and for a split that is not
-    there.
+    validation where there is no test split. is_multi_label: whether the model gives an image any number of classes.
+    Raises UserError for what cannot be found, and for a split that is not there.
     """
     if test_dir is not None:
-        return _open_folder(test_dir, options.label_column_name), "test"
+        return _open_folder(test_dir, options.label_column_name, is_multi_label), "test"
     source = open_source(
         options.dataset_name, options.dataset_config_name, image_column_name=options.image_column_name,
         label_column_name=options.label_column_name, streaming=options.streaming, train_val_split=0.0,
+        needs_training=False,
     )  # fmt: skip
     if split is None:
         split = next((name for name in ("test", "validation") if name in source.splits), None)
@@ -70,16 +73,12 @@ def open_split(options: Recipe, test_dir: str | None, split: str | None) -> tupl
     return replace(source, splits={split: source.splits[split]}), split
 
 
-def _open_folder(folder: str, label_column: str | None) -> Source:
-    try:  # whose classes are its own here: those of the model come later
-        found = open_folders({"train": folder}, label_column)
-    except UserError as error:
-        raise UserError(str(error).replace("--train_dir", "--test_dir")) from error
-    splits = {"test": Split(found.examples["train"])}
-    notes = [note.replace("--train_dir", "--test_dir") for note in found.notes]
+def _open_folder(folder: str, label_column: str | None, is_multi_label: bool) -> Source:
+    found = open_folders({"test": folder}, label_column, "test", is_multi_label)  # the model's classes come later
+    splits = {"test": Split(found.examples["test"])}
     return Source(
         Path(folder).resolve().name, splits, found.class_names, found.label_ids, False,
-        is_multi_label=found.is_multi_label, notes=notes,
+        is_multi_label=found.is_multi_label, notes=found.notes,
     )  # fmt: skip
 
 
@@ -105,17 +104,21 @@ def match_classes(source: Source, class_names: list[str], by: str = "name") -> S
         ids = range(len(theirs))
     else:
         ids = _ids_by_name(source, class_names)
-    own = range(len(theirs)) if source.label_ids is None else source.label_ids
-    label_ids = {raw: ids[raw if source.label_ids is None else source.label_ids[raw]] for raw in own}
+    own = {raw: raw for raw in range(len(theirs))} if source.label_ids is None else source.label_ids
+    label_ids = {raw: ids[place] for raw, place in own.items() if ids[place] is not None}
     return replace(
         source, class_names=class_names, label_ids=label_ids, notes=[*source.notes, *_lacking(source, class_names, ids)]
     )
 
 
-def _ids_by_name(source: Source, class_names: list[str]) -> list[int]:
+def _ids_by_name(source: Source, class_names: list[str]) -> list[int | None]:
+    """The model's class for each of the data's; None: it has no such class, and no image is of it."""
     known = {name: index for index, name in enumerate(class_names)}
     counts = Counter(class_names)
     strangers = [name for name in source.class_names if name not in known]
+    if strangers:
+        there = _names_that_occur(source)
+        strangers = [name for name in strangers if name in there]
     if strangers and len(strangers) == len(source.class_names) == len(class_names):
         raise UserError(
             f"{source.name} has the classes {some(map(repr, source.class_names), 3)}, the model "
@@ -136,7 +139,14 @@ def _ids_by_name(source: Source, class_names: list[str]) -> list[int]:
     twice = [name for name in source.class_names if counts[name] > 1]
     if twice:
         raise UserError(f"The model has {counts[twice[0]]} classes {twice[0]!r}: by name they cannot be told apart.")
-    return [known[name] for name in source.class_names]
+    return [known.get(name) for name in source.class_names]
+
+
+def _names_that_occur(source: Source) -> set[str]:
+    labels = (label for split in source.splits.values() for label in split.examples.labels())
+    found = set(flat(tuple(label) if isinstance(label, list) else label for label in labels))
+    places = found if source.label_ids is None else {source.label_ids.get(label) for label in found}
+    return {name for place, name in enumerate(source.class_names) if place in places}
 
 
 def _lacking(source: Source, class_names: list[str], ids: Iterable[int]) -> list[str]:
@@ -265,7 +275,8 @@ def _run(own: Any):
     accelerator = start_accelerator([], Path(), options.cpu_threads)
     model, processor, report = first_on_each_node(accelerator, lambda: open_model(own.model))
     accelerator.print(f"{own.model}: {report}")
-    source, split = first_on_each_node(accelerator, lambda: open_split(options, own.test_dir, own.split))
+    several = has_several_classes(model)
+    source, split = first_on_each_node(accelerator, lambda: open_split(options, own.test_dir, own.split, several))
     check_kind(source, model)
     source = match_classes(source, class_names_of(model), own.match_classes)
     _check_picture(own.picture, source)

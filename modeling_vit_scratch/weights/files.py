@@ -29,6 +29,12 @@ PICKLES = (".bin", ".pth", ".pt", ".ckpt")  # read with weights_only=True, and o
 ENDINGS = (".safetensors", ".npz", *PICKLES)
 WRAPPERS = ("model_ema", "state_dict", "model")  # what training programs put their weights under, best first
 INDEX = "model.safetensors.index.json"
+# what readers of files raise that hold something else
+FAULTS = (
+    ValueError, OSError, EOFError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError,
+    zipfile.BadZipFile,
+)  # fmt: skip
+TRAINING_STATE = ("state.json", "MANIFEST.json")  # beside the weights of what a run goes on from
 FOLDER_WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 
@@ -67,13 +73,13 @@ class Checkpoint:
                 f"{self.name}: {file.name} holds more than tensors, and unpickling it could run any code; expected "
                 "a file that torch.load(weights_only=True) reads. Save its state_dict as .safetensors."
             ) from error
-        except (ValueError, OSError, EOFError, RuntimeError, SafetensorError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.name} is damaged: {file.name}: {' '.join(str(error).split())}") from error
+        except FAULTS as error:
+            raise UserError(f"{self.name} is damaged: {file.name}: {_said(error)}") from error
 
     def _read_shards(self, index: Path) -> dict[str, torch.Tensor]:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = _shards_of(self.name, index)
         tensors: dict[str, torch.Tensor] = {}
-        for shard in sorted(shards):
+        for shard in shards:
             if Path(shard).name != shard:
                 raise UserError(f"{self.name} is damaged: {INDEX} names {shard!r}, which is no file beside it.")
             tensors |= load_file(index.with_name(shard))
@@ -122,14 +128,26 @@ def open_checkpoint(name_or_path: str, hub: dict[str, Any] | None = None) -> Che
 def _open_file(name: str, path: Path) -> Checkpoint:
     if path.suffix not in ENDINGS:
         raise UserError(f"{name}: expected a file of weights ({', '.join(ENDINGS)}), got {path.suffix or path.name!r}.")
+    _refuse_training_state(name, path.parent)
     beside = path.with_name("config.json")
     config = _read_json(name, beside) if beside.is_file() else {}
     notes = ["facts from the config.json beside it"] if config else []
     return Checkpoint(name, config, lambda: path.with_name("preprocessor_config.json"), lambda: path, notes)
 
 
+def _refuse_training_state(name: str, folder: Path):
+    if all((folder / file).is_file() for file in TRAINING_STATE):
+        model = folder.resolve().parents[1] / "model"
+        where = f"is {model}" if model.is_dir() else "will be in its model/"
+        raise UserError(
+            f"{name} is what training goes on from (--resume_from_checkpoint), without a config.json; the run's model "
+            f"{where}."
+        )
+
+
 def _open_folder(name: str, folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
+        _refuse_training_state(name, folder)
         files = [file.name for file in sorted(folder.iterdir()) if file.suffix in ENDINGS]
         hint = f" To read it without one, name the file itself: {folder / files[0]}." if files else ""
         raise UserError(f"{name}: the folder has no config.json.{hint}")
@@ -152,7 +170,7 @@ def _open_repository(name: str, hub: dict[str, Any]) -> Checkpoint:
         index = _fetched(name, INDEX, hub, optional=True)
         if index is None:
             raise UserError(_no_safetensors(name, hub))
-        for shard in sorted(set(_read_json(name, index).get("weight_map", {}).values())):
+        for shard in _shards_of(name, index):
             _fetched(name, shard, hub)
         return index
 
@@ -190,6 +208,20 @@ def _fetched(name: str, file_name: str, hub: dict[str, Any], optional: bool = Fa
         raise UserError(f"{name} has no branch, tag or commit {hub.get('revision')!r} on the Hub.") from error
     except (HfHubHTTPError, OSError) as error:
         raise UserError(f"{name}: the Hub does not give it: {error}") from error
+
+
+def _shards_of(name: str, index: Path) -> list[str]:
+    shards = _read_json(name, index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise UserError(f"{name} is damaged: {INDEX} has no weight_map, which says the file of each tensor.")
+    return sorted(set(shards.values()))
+
+
+def _said(error: Exception) -> str:
+    """The error in one line."""
+    text = " ".join(str(error).split())
+    is_told = isinstance(error, (ValueError, OSError, RuntimeError, SafetensorError, zipfile.BadZipFile))
+    return text if is_told else f"it holds something else ({type(error).__name__}: {text})"
 
 
 def _read_json(name: str, file: Path) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def checkpoint_facts(name_or_path: str, num_attention_heads: int | None = None) 
 
 
 def load_pixel_facts(name_or_path: str, num_channels: int | None = None, revision: str | None = None) -> dict[str, Any]:
-    """image_mean, image_std, resample and crop_pct: those that the checkpoint or its format says.
+    """image_mean, image_std, resample, crop_pct and crop_mode: those that the checkpoint or its format says.
 
     With num_channels, mean and standard deviation are for so many channels.
     """
@@ -135,6 +135,8 @@ def labels(class_names: list[str]) -> dict[str, dict]:
 
 def wanted_config(reading: Reading, wanted: dict[str, Any]) -> ViTScratchConfig:
     """The reading's configuration with what is wanted instead, in float32. Raises UserError for what cannot be."""
+    if wanted.get("num_labels") == reading.config.num_labels and "id2label" not in wanted:
+        wanted = {name: value for name, value in wanted.items() if name != "num_labels"}  # its own classes
     fields = {**reading.config.to_dict(), "dtype": "float32", **wanted}
     if "num_labels" in wanted and "id2label" not in wanted:
         fields = {name: value for name, value in fields.items() if name not in ("id2label", "label2id")}

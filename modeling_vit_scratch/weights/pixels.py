@@ -17,13 +17,15 @@ KEPT = (
     "image_std",
 )  # fmt: skip
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+SMALL = 96  # pixels: images of one size up to this are seen whole, at that size
 BILINEAR = int(PILImageResampling.BILINEAR)
 TORCHVISION = {**IMAGENET, "resample": BILINEAR, "crop_pct": 224 / 256}  # ViT_B_16_Weights.IMAGENET1K_V1
 GOOGLE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": BILINEAR}  # vit_jax: pixels to [-1, 1]
 
 
 def pixel_facts(checkpoint: Checkpoint, format_name: str) -> dict[str, Any]:
-    """image_mean, image_std, resample, crop_pct: those that the checkpoint, or else its format, says."""
+    """image_mean, image_std (of pixels in [0, 1]), resample, crop_pct, crop_mode ("squash", where an image is brought
+    to the size whatever its shape): those that the checkpoint, or else its format, says."""
     if checkpoint.processor:
         return _facts_of_processor(checkpoint)
     if format_name == "timm" and checkpoint.config:
@@ -34,19 +36,32 @@ def pixel_facts(checkpoint: Checkpoint, format_name: str) -> dict[str, Any]:
 def processor_fields(checkpoint: Checkpoint, format_name: str, size: tuple[int, int]) -> dict[str, Any]:
     """The fields of this package's image processor for the checkpoint. size: (height, width) of its images."""
     if checkpoint.processor:
-        fields = {name: checkpoint.processor[name] for name in KEPT if checkpoint.processor.get(name) is not None}
+        said = checkpoint.processor
+        fields = {name: _listed(name, said[name]) for name in KEPT if said.get(name) is not None}
         fields["size"] = _sides(checkpoint, "size") or {"height": size[0], "width": size[1]}
-        crop = _sides(checkpoint, "crop_size")
-        return fields | ({"crop_size": crop} if fields.get("do_center_crop") and crop else {})
+        if not fields.get("do_center_crop"):
+            return fields
+        if (crop := _sides(checkpoint, "crop_size")) is None:
+            raise UserError(f"{checkpoint.name}: preprocessor_config.json has do_center_crop and no crop_size.")
+        return fields | {"crop_size": crop}
     facts = pixel_facts(checkpoint, format_name)
-    crop_pct, sides = facts.pop("crop_pct", None), {"height": size[0], "width": size[1]}
+    crop_pct, crop_mode = facts.pop("crop_pct", None), facts.pop("crop_mode", None)
     if crop_pct is None:
-        return {**facts, "size": sides}
-    if format_name == "timm" and pretrained_facts(checkpoint.config).get("crop_mode") == "squash":
-        resized = {name: math.floor(side / crop_pct) for name, side in sides.items()}
-    else:
-        resized = {"shortest_edge": math.floor(min(size) / crop_pct)}
-    return {**facts, "size": resized, "do_center_crop": True, "crop_size": sides}
+        return {**facts, "size": {"height": size[0], "width": size[1]}}
+    if crop_mode == "squash":
+        return {**facts, **squashed(size, crop_pct)}
+    return {**facts, **cropped(size, {"shortest_edge": math.floor(min(size) / crop_pct)})}
+
+
+def squashed(size: tuple[int, int], crop_pct: float) -> dict[str, Any]:
+    """The processor's fields for images brought to (height, width) `size` over crop_pct whatever their shape, of which
+    the central crop of `size` is kept."""
+    return cropped(size, {"height": math.floor(size[0] / crop_pct), "width": math.floor(size[1] / crop_pct)})
+
+
+def cropped(size: tuple[int, int], resized: dict[str, int]) -> dict[str, Any]:
+    """The processor's fields for a resize, and a central crop of (height, width) `size`."""
+    return {"size": resized, "do_center_crop": True, "crop_size": {"height": size[0], "width": size[1]}}
 
 
 def build_processor(fields: dict[str, Any], num_channels: int):
@@ -68,6 +83,7 @@ def with_channels(facts: dict[str, Any], num_channels: int | None) -> dict[str, 
 def timm_config(processor: Any, size: tuple[int, int], num_labels: int, names: list[str]) -> dict[str, Any]:
     """pretrained_cfg of a timm config.json for the images of this image processor."""
     fields = processor.to_dict()
+    pixels = with_channels(_statistics(fields), processor.num_channels)
     resized, crop = dict(fields["size"]), fields.get("crop_size")
     shortest = resized.get("shortest_edge") or min(resized["height"], resized["width"])
     does_crop = bool(fields.get("do_center_crop")) and crop is not None
@@ -75,8 +91,8 @@ def timm_config(processor: Any, size: tuple[int, int], num_labels: int, names: l
     return {
         "input_size": [processor.num_channels, *size],
         "num_classes": num_labels,
-        "mean": list(fields["image_mean"]),
-        "std": list(fields["image_std"]),
+        "mean": pixels["image_mean"],
+        "std": pixels["image_std"],
         "interpolation": methods[int(fields["resample"])],
         "crop_pct": min(size) / shortest if does_crop else 1.0,
         "crop_mode": "center" if does_crop and "shortest_edge" in resized else "squash",
@@ -90,17 +106,44 @@ def timm_config(processor: Any, size: tuple[int, int], num_labels: int, names: l
 
 def _facts_of_processor(checkpoint: Checkpoint) -> dict[str, Any]:
     said = checkpoint.processor
-    facts = {name: said[name] for name in ("image_mean", "image_std", "resample") if said.get(name) is not None}
+    facts = _statistics(said)
+    if said.get("resample") is not None:
+        facts["resample"] = said["resample"]
     size, crop = _sides(checkpoint, "size"), _sides(checkpoint, "crop_size")
     if said.get("do_center_crop") and size and crop:
         shortest = size.get("shortest_edge") or min(size["height"], size["width"])
         facts["crop_pct"] = min(crop["height"], crop["width"]) / shortest
-    return facts
+        return facts | ({} if "shortest_edge" in size else {"crop_mode": "squash"})
+    # small images are seen whole, which says nothing of photographs
+    is_squashed = size is not None and "shortest_edge" not in size and max(size.values()) > SMALL
+    return facts | ({"crop_pct": 1.0, "crop_mode": "squash"} if is_squashed else {})
+
+
+def _statistics(said: dict[str, Any]) -> dict[str, Any]:
+    """image_mean and image_std that do to pixels in [0, 1] what a processor of these fields does to its own.
+
+    It may bring pixels to another range than [0, 1] before it normalises, or leave one of the two out.
+    """
+    factor = (said.get("rescale_factor") or 1 / 255) if said.get("do_rescale") is not False else 1.0
+    statistics = {"image_mean": [0.0], "image_std": [1.0]}
+    if said.get("do_normalize") is not False:
+        usual = {} if factor == 1 / 255 else {"image_mean": [0.5], "image_std": [0.5]}
+        given = {name: _listed(name, said[name]) for name in statistics if said.get(name) is not None}
+        statistics = {**usual, **given}
+    return {name: [value / (255 * factor) for value in values] for name, values in statistics.items()}
+
+
+def _listed(name: str, value: Any) -> Any:
+    """The value; mean and standard deviation as a list, where the file has a single number for all channels."""
+    is_single = name in ("image_mean", "image_std") and isinstance(value, (int, float))
+    return [float(value)] if is_single else value
 
 
 def _facts_of_timm(checkpoint: Checkpoint) -> dict[str, Any]:
     trained = pretrained_facts(checkpoint.config)
     facts = {"image_mean": trained.get("mean"), "image_std": trained.get("std"), "crop_pct": trained.get("crop_pct")}
+    if trained.get("crop_mode") == "squash":
+        facts |= {"crop_pct": facts["crop_pct"] or 1.0, "crop_mode": "squash"}
     method = str(trained.get("interpolation", "")).upper()
     if method in PILImageResampling.__members__:
         facts["resample"] = int(PILImageResampling[method])

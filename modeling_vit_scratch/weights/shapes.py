@@ -127,15 +127,18 @@ def _positions(source: str, tensors: Tensors, fields: dict[str, Any], inferred: 
     if POSITIONS not in tensors:
         if fields.get("position_embedding_type") == "none":
             return {}
-        raise UserError(f"{source} has no learned positions; a plain ViT of {fields['hidden_size']} channels has them.")
+        raise UserError(
+            f"{source} has no learned positions; a plain ViT of {fields['hidden_size']} channels has them. One with "
+            "others is read with its config.json: name their folder."
+        )
     count = tensors[POSITIONS].shape[1]
     num_prefix = int(fields["use_cls_token"]) + fields["num_register_tokens"]
     patch = fields["patch_size"]
     if fields.get("image_size") is not None:
         try:
             grid = ViTScratchConfig(image_size=fields["image_size"], patch_size=patch).num_patches
-        except ValueError as error:
-            raise UserError(f"{source}: {error}") from error
+        except Exception as error:
+            raise UserError(f"{source}: {' '.join(str(error.__cause__ or error).split())}") from error
         if count not in (grid, grid + num_prefix):
             raise UserError(
                 f"{source}: {count} positions do not fit images of {fields['image_size']} pixels, which are {grid} "

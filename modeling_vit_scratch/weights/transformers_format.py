@@ -61,12 +61,23 @@ def read(checkpoint: Checkpoint, tensors: Tensors, num_attention_heads: int | No
         known |= {name: facts.get(name, USUAL[name]) for name in USUAL}
         known["num_attention_heads"] = facts.get("num_attention_heads", 12)
         known["image_size"] = facts.get("image_size", 224)
-        known["id2label"] = {int(index): str(name) for index, name in (facts.get("id2label") or {}).items()}
+        known["id2label"] = _names(checkpoint)
     known["num_attention_heads"] = num_attention_heads or known.get("num_attention_heads")
-    reading = build_reading(checkpoint.name, "transformers", ours, known, USUAL, unused, others)
+    pooling = "cls" if "vit.embeddings.cls_token" in ours else "mean"
+    usual = USUAL if facts else {**USUAL, "pooling": pooling}  # a bare file may be this package's own
+    reading = build_reading(checkpoint.name, "transformers", ours, known, usual, unused, others)
     if teacher:
         reading.no_head = "has two heads, whose mean no plain ViT computes"
     return reading
+
+
+def _names(checkpoint: Checkpoint) -> dict[int, str]:
+    said = checkpoint.config.get("id2label") or {}
+    try:
+        return {int(index): str(name) for index, name in said.items()}
+    except (AttributeError, ValueError) as error:
+        text = f"{checkpoint.name}: config.json has id2label {said!r:.60}; expected numbers and names."
+        raise UserError(text) from error
 
 
 def _current_name(name: str) -> str:
