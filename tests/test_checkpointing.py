@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, name, harm):
 
 def test_saving_a_step_again_never_leaves_it_missing(tmp_path, monkeypatch):
     first = save(tmp_path, 1)
-    monkeypatch.setattr(checkpointing, "save_file", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(checkpointing, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 1)
     monkeypatch.undo()

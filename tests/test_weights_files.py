@@ -15,8 +15,9 @@ from small_vit import build, images
 from test_run_train import run
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torchvision.models import VisionTransformer as TorchvisionViT
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
+from modeling_vit_scratch import cli
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.weights import checkpoint_facts, load_pixel_facts, load_pretrained, load_processor
 from modeling_vit_scratch.weights.formats import FORMATS
@@ -194,11 +195,40 @@ def test_sizes_of_old_image_processors_are_understood(tmp_path, said, expected):
     assert {side: size[side] for side in expected} == expected
 
 
-def test_what_training_goes_on_from_is_said_to_be_that(tmp_path):
-    run(tmp_path / "run", "--max_steps", 2)
+def test_a_checkpoint_of_a_run_is_read_as_any_model_is(tmp_path, capsys):
+    flags = ["--max_steps", 3, "--save_steps", 2, "--ema_decay", 0.5, "--config_overrides", "patch_drop_rate=0.5"]
+    run(tmp_path / "run", *flags, "--full_size_step", 2)
+    rates = {}
+    for step in (2, 3):
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step:06d}"
+        model, _ = load_pretrained(str(folder))
+        saved = load_file(folder / "model.safetensors")
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+        assert load_processor(str(folder)).num_channels == 1 and model.config.id2label[9] == "9"
+        rates[step] = model.config.patch_drop_rate
+    assert rates == {2: 0.5, 3: 0}
+    published = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    averaged, _ = load_pretrained(str(folder / "averaged.safetensors"))
+    assert all(torch.equal(tensor, published[name]) for name, tensor in averaged.state_dict().items())
+    again = AutoModelForImageClassification.from_pretrained(folder)
+    assert torch.equal(again.classifier.weight, saved["classifier.weight"])
+    assert cli.main(["evaluate", str(folder), "--dataset_name", "digits"]) == 0
+    assert "360 images of 10 classes" in capsys.readouterr().out
+
+
+def test_what_training_alone_can_read_is_said_to_be_that(tmp_path):
+    run(
+        tmp_path / "run",
+        "--max_steps",
+        2,
+        "--specimen",
+        "scaled_by_hidden_size",
+        "--config_overrides",
+        "position_embedding_type=learned",
+    )
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
     for name in (checkpoint, checkpoint / "model.safetensors"):
-        with pytest.raises(UserError, match=r"what training goes on from .*the run's model is .*run/model\."):
+        with pytest.raises(UserError, match="what training goes on from .* a specimen or an older version"):
             load_pretrained(str(name))
 
 

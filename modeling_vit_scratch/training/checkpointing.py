@@ -1,8 +1,9 @@
 """The training state on disk: whole or not there, verified before it is trusted, resumed exactly.
 
 checkpoints/step-000500/ holds model.safetensors, optimizer.safetensors, averaged.safetensors where weights are
-averaged, state.json (the step and what else the loop keeps) and MANIFEST.json with the size and SHA-256 of each.
-Tensors are safetensors, the rest JSON: nothing is pickled.
+averaged, state.json (the step and what else the loop keeps), config.json and preprocessor_config.json, by which it is
+read as any model is, and MANIFEST.json with the size and SHA-256 of each. Tensors are safetensors, the rest JSON:
+nothing is pickled.
 """
 
 import hashlib
@@ -62,11 +63,13 @@ def save_checkpoint(
     optimizer_state: dict[str, torch.Tensor],
     state: dict[str, Any],
     averaged_tensors: dict[str, torch.Tensor] | None = None,
+    documents: dict[str, dict[str, Any]] | None = None,
 ) -> Path:
     """The path of a new checkpoint of this step: written beside, synced, then renamed into place in one act.
 
-    Damaged checkpoints of later steps, which the run passed over when it went on, are removed: they must not count
-    among the last that are kept. Raises UserError where it cannot be written, on a full disk say; those before it stay.
+    documents: further JSON files, which training does not read. Damaged checkpoints of later steps, which the run
+    passed over when it went on, are removed: they must not count among the last that are kept. Raises UserError where
+    it cannot be written, on a full disk say; those before it stay.
     """
     partial = folder / f"{PARTIAL}{step_folder(step)}"
     files = {"model": model_tensors, "averaged": averaged_tensors, "optimizer": optimizer_state}
@@ -76,7 +79,7 @@ def save_checkpoint(
         _put_back(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        _write(partial, files, {"step": step, **state})
+        _write(partial, files, {"state.json": {"step": step, **state}, **(documents or {})})
         target = _put_in_place(partial, folder / step_folder(step))
         for later in checkpoints(folder):
             if step_of(later) > step and damage(later) is not None:
@@ -88,12 +91,13 @@ def save_checkpoint(
     return target
 
 
-def _write(partial: Path, files: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]):
+def _write(partial: Path, files: dict[str, dict[str, torch.Tensor]], documents: dict[str, dict[str, Any]]):
     """Every file of a checkpoint and its manifest, on the disk when this returns."""
     for name, tensors in files.items():
         on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(on_cpu, partial / f"{name}.safetensors")
-    (partial / "state.json").write_text(json.dumps(state, indent=1))
+        save_file(on_cpu, partial / f"{name}.safetensors", metadata={"format": "pt"})
+    for name, document in documents.items():
+        (partial / name).write_text(json.dumps(document, indent=1))
     written = sorted(partial.iterdir())
     manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in written}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))

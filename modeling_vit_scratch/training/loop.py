@@ -43,7 +43,7 @@ from .network import build_augmentation, build_network, source_of
 from .objectives import MultiLabel, Objective, SingleLabel
 from .optimization import build_optimizer, optimizer_warning, parameter_groups
 from .overrides import checkpoint_rates
-from .publishing import collect_results, final_scores, publish, save_model
+from .publishing import checkpoint_documents, collect_results, final_scores, publish, save_model
 from .pushing import open_destination, push_at_end
 from .recipes import Recipe
 from .recording import (
@@ -181,8 +181,14 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     if averaged is not None:
         shard_like_the_trained(accelerator, averaged.model)
     guard = FiniteGuard(optimizer.optimizer, device, may_wait=device.type == "cpu")
+
+    def describe(step: int) -> dict[str, dict[str, Any]]:
+        rate = resolution.published_rate(step, position.total_steps)
+        return checkpoint_documents(model.config, processor, recipe, rate)
+
+    checkpoints = output_dir / "checkpoints"
     state = TrainingState(
-        accelerator, model, optimizer, names, averaged, output_dir / "checkpoints", recipe.save_total_limit
+        accelerator, model, optimizer, names, averaged, checkpoints, recipe.save_total_limit, describe
     )
     if run.checkpoint is not None:
         state.restore(run.checkpoint)

@@ -1,10 +1,12 @@
 """What a finished run leaves: results.json, plots, model card, report and the folder model/."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.decoding import Processor
 from ..data.splits import Source
 from ..modeling_vit_scratch import ViTScratchForImageClassification
@@ -101,6 +103,20 @@ def save_model(
         save_adapter(model, output_dir / "adapter", *start)
     plain = merged(model)
     save_model_folder(output_dir / "model", plain, plain.state_dict(), processor)
+
+
+def checkpoint_documents(
+    config: ViTScratchConfig, processor: Processor, recipe: Recipe, patch_drop_rate: float
+) -> dict[str, dict[str, Any]]:
+    """config.json and preprocessor_config.json, by which a checkpoint is read as any model is; none where its tensors
+    are not those of a published network: LoRA's matrices stand for themselves, a specimen is never published."""
+    if recipe.finetune == "lora" or recipe.specimen is not None:
+        return {}
+    fields = json.loads(config.to_json_string())
+    fields["architectures"] = [ViTScratchForImageClassification.__name__]
+    if recipe.finetune != "head":  # whose backbone is as it was
+        fields["patch_drop_rate"] = patch_drop_rate
+    return {"config.json": fields, "preprocessor_config.json": json.loads(processor.to_json_string())}
 
 
 def publish(output_dir: Path, results: dict[str, Any], source: Source):

@@ -25,6 +25,7 @@ from ..results.metrics import wilson_interval
 from ..results.plots import MOST_CLASSES_DRAWN
 from ..results.prediction import class_names_of, has_several_classes, open_model
 from ..results.score_text import MOST_CLASSES_LISTED, score_text, with_recall_intervals, write_confusion
+from ..weights.pixels import SMALL
 from .effects import IDLE_IN_RECIPE
 from .evaluation import evaluate
 from .flags import Parser, exit_code, parse_value
@@ -187,7 +188,8 @@ def score(
     """
     threads, device, decoder = torch.get_num_threads(), accelerator.device, Decoder(processor)
     if num_workers is None:
-        needs_none = is_resident(source, source.splits[split], decoder) or not processor.do_center_crop
+        is_small = not processor.do_center_crop and max(decoder.size) <= SMALL
+        needs_none = is_resident(source, source.splits[split], decoder) or is_small
         num_workers = 0 if needs_none else num_decoding_workers(device)
     model.to(device)
     objective = (MultiLabel if source.is_multi_label else SingleLabel)(len(source.class_names))

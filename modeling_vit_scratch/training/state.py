@@ -1,6 +1,7 @@
 """What a run carries from step to step, and its way into a checkpoint and back."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,12 @@ class TrainingState:
         averaged: AveragedWeights | None,
         folder: Path,
         save_total_limit: int,
+        describe: Callable[[int], dict[str, dict[str, Any]]],
     ):
+        """describe: from a step to the JSON files that its checkpoint has besides the state."""
         self.accelerator, self.model, self.optimizer, self.averaged = accelerator, model, optimizer, averaged
         self.parameter_names = parameter_names  # in the order of the optimizer's parameters
-        self.folder, self.save_total_limit = folder, save_total_limit
+        self.folder, self.save_total_limit, self.describe = folder, save_total_limit, describe
         self.position = Position()
         self.window = self.new_window()
 
@@ -94,7 +97,8 @@ class TrainingState:
             "num_processes": self.accelerator.num_processes,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
-        save_checkpoint(self.folder, self.position.step, model, moments, state, averages)
+        step = self.position.step
+        save_checkpoint(self.folder, step, model, moments, state, averages, self.describe(step))
         prune(self.folder, self.save_total_limit, self.position.best_step)
 
     def restore(self, path: Path):

@@ -128,8 +128,9 @@ def open_checkpoint(name_or_path: str, hub: dict[str, Any] | None = None) -> Che
 def _open_file(name: str, path: Path) -> Checkpoint:
     if path.suffix not in ENDINGS:
         raise UserError(f"{name}: expected a file of weights ({', '.join(ENDINGS)}), got {path.suffix or path.name!r}.")
-    _refuse_training_state(name, path.parent)
     beside = path.with_name("config.json")
+    if not beside.is_file():
+        _refuse_training_state(name, path.parent)
     config = _read_json(name, beside) if beside.is_file() else {}
     notes = ["facts from the config.json beside it"] if config else []
     return Checkpoint(name, config, lambda: path.with_name("preprocessor_config.json"), lambda: path, notes)
@@ -137,11 +138,9 @@ def _open_file(name: str, path: Path) -> Checkpoint:
 
 def _refuse_training_state(name: str, folder: Path):
     if all((folder / file).is_file() for file in TRAINING_STATE):
-        model = folder.resolve().parents[1] / "model"
-        where = f"is {model}" if model.is_dir() else "will be in its model/"
         raise UserError(
-            f"{name} is what training goes on from (--resume_from_checkpoint), without a config.json; the run's model "
-            f"{where}."
+            f"{name} is what training goes on from (--resume_from_checkpoint), without a config.json: of LoRA, a "
+            "specimen or an older version. A finished run's model is in its model/."
         )
 
 
