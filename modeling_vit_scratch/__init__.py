@@ -5,9 +5,10 @@ Importing this package makes `AutoConfig`, `AutoModel`, `AutoModelForImageClassi
 """
 
 import contextlib
+import functools
 import importlib
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
 
 from .configuration_vit_scratch import PRESETS, ViTScratchConfig
 from .image_processing_vit_scratch import ViTScratchImageProcessor, ViTScratchImageProcessorPil
@@ -31,12 +32,18 @@ def _translated(*arguments):
     return importlib.import_module(".weights.from_pretrained", __name__).translated(*arguments)
 
 
-def _push_to_hub(model, *arguments, **options):
-    return importlib.import_module(".results.hub", __name__).push_with_code(model, *arguments, **options)
+def _with_code(method):  # of transformers, which writes no code of a model whose package is installed
+    @functools.wraps(method)
+    def written(model, *arguments, **options):
+        with importlib.import_module(".results.model_folder", __name__).with_code(model):
+            return method(model, *arguments, **options)
+
+    return written
 
 
 ViTScratchPreTrainedModel.checkpoint_translator = staticmethod(_translated)
-ViTScratchPreTrainedModel.push_to_hub = _push_to_hub
+ViTScratchPreTrainedModel.push_to_hub = _with_code(PreTrainedModel.push_to_hub)
+ViTScratchPreTrainedModel.save_pretrained = _with_code(PreTrainedModel.save_pretrained)
 
 __all__ = [
     "PRESETS",

@@ -1,6 +1,8 @@
 """The console command `vit-scratch`, for those who installed the package from a wheel."""
 
 import importlib
+import os
+import signal
 import sys
 
 from . import __version__
@@ -47,7 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {unknown('command', arguments[0], COMMANDS)}", file=sys.stderr)
         return 2
     module, _, function = COMMANDS[arguments[0]][0].partition(":")
-    return getattr(importlib.import_module(f".{module}", __package__), function)(arguments[1:])
+    try:
+        code = getattr(importlib.import_module(f".{module}", __package__), function)(arguments[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has gone, `| head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter, which flushes at its end
+        return 128 + signal.SIGPIPE
+    return code
 
 
 if __name__ == "__main__":

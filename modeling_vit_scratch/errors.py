@@ -13,9 +13,12 @@ class UserError(ValueError):
     met_alone = False
 
 
-def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
-    """The error for a name that a table does not have: it lists the names, the closest one first."""
+def unknown(kind: str, name: object, known: Iterable[str], listing: str | None = None) -> UserError:
+    """The error for a name that a table does not have: it lists the names, the closest one first.
+
+    listing: a sentence that says where the names are listed, instead of a list that is long.
+    """
     choices = sorted(map(str, known))
     close = difflib.get_close_matches(str(name), choices, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return UserError(f"No {kind} {name!r}.{hint} Known: {', '.join(choices)}.")
+    return UserError(f"No {kind} {name!r}.{hint} {listing or 'Known: ' + ', '.join(choices) + '.'}")

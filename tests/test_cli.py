@@ -1,5 +1,8 @@
 """`vit-scratch` does what run_train.py does."""
 
+import subprocess
+import sys
+
 import pytest
 
 from modeling_vit_scratch import __version__, cli
@@ -33,3 +36,11 @@ def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
     assert stop.value.code == 0 and "--" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_gone_ends_it_without_a_traceback():
+    command = [sys.executable, "-m", "modeling_vit_scratch.cli", "show-parameters", "--recipe", "digits"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 141 and process.stderr.read() == b""
+    process.stderr.close()

@@ -95,6 +95,7 @@ def test_a_checkpoint_is_examined_past_its_first_loss(tmp_path, capsys):
         (("{own}:helthy", "--image_size", 16), "'helthy'. Did you mean 'healthy'?"),
         (("{own}:number", "--image_size", 16), "must give the network, a Module; it gave int."),
         (("{own}:broken", "--image_size", 16), "called with no arguments, raised RuntimeError: no way."),
+        (("{own}",), ": name the function in it that gives the network too: "),
         (("nowhere.py:healthy", "--image_size", 16), "there is no file 'nowhere.py'."),
         (("nanoo",), "No file.py:factory, folder or preset 'nanoo'. Did you mean 'nano'?"),
         (("nano", "--image_size", 16), "--image_size goes with file.py:factory; nano says its own: leave it out."),

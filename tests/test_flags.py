@@ -5,7 +5,7 @@ import json
 import pytest
 
 from modeling_vit_scratch.errors import UserError
-from modeling_vit_scratch.training.flags import build_parser, exit_code, main, parse_arguments
+from modeling_vit_scratch.training.flags import OTHER_NAMES, REFUSED, build_parser, exit_code, main, parse_arguments
 from modeling_vit_scratch.training.overrides import merged_overrides, parse_overrides
 from modeling_vit_scratch.training.recipes import FIELDS, GROUPS, MAY_CHANGE_ON_RESUME, RECIPES
 
@@ -73,6 +73,10 @@ def test_the_command_line_wins_over_a_file_and_the_file_over_the_recipe(tmp_path
         (["--max_steps", "5", "--time_budget", "3m"], "--max_steps and --time_budget (the command line) each say"),
         (["--per_device_train_batch_size", "8"], "use --train_batch_size"),
         (["--per_device_train_batch_size=8"], "use --train_batch_size"),
+        (["--lr", "1"], "--lr: use --learning_rate."),
+        (["--batch-size=8"], "--batch-size: use --train_batch_size."),
+        (["--drop_path", "0.1"], "--drop_path: a field of the network: use --config_overrides drop_path_rate=0.1."),
+        (["--max_step", "3"], "No flag '--max_step'. Did you mean '--max_steps'? --help lists the flags."),
         (["--fp16"], "accelerate launch --mixed_precision fp16"),
         (["--train_dir", "a", "--dataset_name", "b"], "both name the training images"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file"),
@@ -159,3 +163,8 @@ def test_a_decoding_process_that_is_killed_while_the_network_computes_is_one_lin
     assert said.startswith("error: A process that decodes images was killed, often because") and said.count("\n") == 1
     with pytest.raises(RuntimeError, match="shapes"):
         exit_code(lambda: act("shapes do not fit"))
+
+
+def test_names_of_other_programs_lead_to_flags_that_there_are():
+    assert set(OTHER_NAMES.values()) <= set(FIELDS) and not set(REFUSED) & set(FIELDS)
+    assert set(OTHER_NAMES) <= set(REFUSED)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -70,8 +71,16 @@ def published(tmp_path_factory):
     return folder, picture, model, processor
 
 
-def test_a_stranger_without_the_package_gets_equal_logits(published, tmp_path):
+@pytest.mark.parametrize("saved_by", ["the package", "save_pretrained"])
+def test_a_stranger_without_the_package_gets_equal_logits(published, tmp_path, saved_by):
     folder, picture, model, processor = published
+    if saved_by == "save_pretrained":  # of transformers, as its Trainer does
+        auto_map = getattr(model.config, "auto_map", None)
+        model.save_pretrained(tmp_path / "saved")
+        assert getattr(model.config, "auto_map", None) == auto_map
+        for name in ("preprocessor_config.json", "image_processing_vit_scratch.py"):
+            shutil.copyfile(folder / name, tmp_path / "saved" / name)
+        folder = tmp_path / "saved"
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(
         [sys.executable, "-c", STRANGER, str(folder), str(picture)],

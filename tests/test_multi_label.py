@@ -13,9 +13,13 @@ from PIL import Image
 from test_run_train import run
 from transformers import pipeline
 
+from modeling_vit_scratch import cli
 from modeling_vit_scratch.data.augmentation import Draws, Mixing
 from modeling_vit_scratch.data.sources import open_source
 from modeling_vit_scratch.errors import UserError
+from modeling_vit_scratch.training.flags import parse_arguments
+from modeling_vit_scratch.training.network import source_of
+from modeling_vit_scratch.training.showing import augmented_rows
 
 
 @pytest.fixture
@@ -63,6 +67,18 @@ def test_every_label_of_an_image_is_learned(colours, tmp_path, streaming):
     with contextlib.redirect_stdout(output):
         exec(code.replace("picture.jpg", str(tmp_path / "test" / "5.png")), {})
     assert set(ast.literal_eval(output.getvalue())) == {"red", "blue"}
+
+
+def test_augmented_images_of_several_labels_are_drawn_with_their_names(colours, tmp_path, capsys):
+    words = ["--train_dir", str(colours("train", 16)), "--recipe", "cifar10", "--picture", str(tmp_path / "seen.png")]
+    for mixed in ([], ["--mixup_alpha", "0.8"]):
+        assert cli.main(["show-augmentation", *words, *mixed]) == 0
+    recipe, chosen = parse_arguments(words[:4])
+    rows = augmented_rows(recipe, chosen, source_of(recipe), 8, 1)
+    assert [text for _, text in rows[0]] == [text for _, text in rows[1]]
+    assert {text for _, text in rows[0]} <= {
+        "none", "red", "green", "blue", "green + red", "blue + red", "blue + green", "blue + green + ..."
+    }  # fmt: skip
 
 
 def test_a_limited_set_of_several_labels_an_image_has_as_many_as_asked_for(colours, tmp_path):

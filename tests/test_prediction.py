@@ -20,6 +20,7 @@ from modeling_vit_scratch.results.model_folder import save_model_folder
 from modeling_vit_scratch.results.plots import LIGHT
 from modeling_vit_scratch.results.prediction import Prediction, as_csv, as_table, image_paths, open_model, predict
 from modeling_vit_scratch.results.prediction_grid import RIGHT, WRONG, grid_figure, write_prediction_grid
+from modeling_vit_scratch.weights import load_pretrained
 
 CLASSES = ("cat", "dog", "newt", 'a "b", c', "emu")
 CROPPED = {"size": {"shortest_edge": 36}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
@@ -184,6 +185,9 @@ def test_models_that_cannot_answer_are_refused(model_folder, tmp_path, capsys):
     (tmp_path / "begun" / "recipe.json").write_text("{}")
     with pytest.raises(UserError, match="begun is a run without model/: it has not finished"):
         open_model(str(tmp_path / "begun"))
+    with pytest.raises(UserError, match=r"there is no such folder or file. Did you mean '.*/run'\?"):
+        open_model(str(tmp_path / "rnu"))
+    assert load_pretrained(str(run))[0].config.id2label[0] == "cat"  # a run's folder, of its model
     with pytest.raises(UserError, match="^nowhere"):  # no word of a flag that is none here
         open_model("nowhere")
     build(ViTScratchModel).save_pretrained(tmp_path / "headless")

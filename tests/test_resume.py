@@ -129,3 +129,34 @@ def test_a_rate_that_falls_to_its_end_may_not(tmp_path):
     run(tmp_path / "run", "--max_steps", 3)
     with pytest.raises(UserError, match=r"another recipe \(max_steps: 3 -> 5\)"):
         run(tmp_path / "run", "--max_steps", 5)
+
+
+LEVEL = ["--recipe", "cifar10", "--train_batch_size", 8, "--config_overrides", "hidden_size=32", "--warmup_steps", 1,
+         "--lr_scheduler_type", "constant", "--full_size_step", "none"]  # fmt: skip
+
+
+@pytest.fixture
+def stopped(image_folder, tmp_path):
+    """(flags with which the run in run/ goes on for two more steps, its training folder)."""
+    folder = image_folder(name="train", size=(8, 8), cat=12, dog=12, newt=12)
+    run(tmp_path / "run", "--train_dir", folder, *LEVEL, "--max_steps", 3)
+    return ["--train_dir", folder, *LEVEL, "--max_steps", 5], folder
+
+
+@pytest.mark.parametrize("new_name", ["aardvark", "zebra"])
+def test_a_run_does_not_go_on_with_other_classes(stopped, tmp_path, new_name):
+    flags, folder = stopped
+    (folder / "dog").rename(folder / new_name)
+    with pytest.raises(UserError, match=f"other classes: now they are without 'dog' and with '{new_name}'. Bring"):
+        run(tmp_path / "run", *flags)
+
+
+def test_a_run_whose_images_have_become_more_says_so_and_goes_on(stopped, tmp_path, capsys):
+    flags, folder = stopped
+    for index in range(4):
+        (folder / "cat" / f"again{index}.png").write_bytes((folder / "cat" / "0.png").read_bytes())
+    assert run(tmp_path / "run", *flags)["steps"] == 5
+    said = capsys.readouterr().out
+    assert "holds a run on 33 train, 3 validation images; now there are 36 train, 4 validation." in said
+    run(tmp_path / "run", *flags)
+    assert "now there are" not in capsys.readouterr().out  # it has been told

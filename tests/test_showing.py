@@ -40,7 +40,15 @@ def test_mixed_images_say_what_is_in_them():
 
 @pytest.mark.parametrize(
     "target, text",
-    [([0, 1.0, 0], "dog"), ([0.3, 0, 0.7], "emu 0.70 + cat 0.30"), ([0.5, 0.5, 0], "cat 0.50 + dog 0.50")],
+    [
+        ([0, 1.0, 0], "dog"),
+        ([0.3, 0, 0.7], "emu 0.70 + cat 0.30"),
+        ([0.5, 0.5, 0], "cat 0.50 + dog 0.50"),
+        ([1.0, 0, 1.0], "cat + emu"),  # of several classes
+        ([1.0, 1.0, 1.0], "cat + dog + ..."),
+        ([0, 0, 0], "none"),
+        ([1.0, 0.4, 0], "cat + dog 0.40"),
+    ],
 )
 def test_captions_name_the_classes_and_their_shares(target, text):
     assert caption(target, ["cat", "dog", "emu"]) == text

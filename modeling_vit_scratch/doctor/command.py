@@ -204,6 +204,8 @@ def _findings(flags: argparse.Namespace, skip: list[str]) -> list[Finding]:
 def _own_network(flags: argparse.Namespace) -> ViTScratchForImageClassification:
     """The network of a preset, freshly drawn, or of a checkpoint; both say their own sizes."""
     name = flags.network
+    if name.endswith(".py"):
+        raise UserError(f"{name}: name the function in it that gives the network too: {name}:build.")
     for size in ("image_size", "num_labels", "num_channels"):
         if getattr(flags, size) is not None:
             raise UserError(f"--{size} goes with file.py:factory; {name} says its own: leave it out.")

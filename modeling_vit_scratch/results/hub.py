@@ -6,16 +6,13 @@ The token is the Hub client's own affair (HF_TOKEN, or what `hf auth login` stor
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from transformers import PreTrainedModel
 
 from ..data.remote import quiet_hub
 from ..errors import UserError
-from .model_folder import MODEL_CODE
 
 
 def open_repository(name: str, private: bool | None = None, revision: str | None = None) -> str:
@@ -58,22 +55,6 @@ def push_folder(
     with _errors_in_one_line(repository), quiet_hub():
         # not upload_folder, which cuts an upload that takes long into several commits (huggingface_hub 2.4)
         return HfApi().create_commit(repository, files, commit_message=message, revision=revision).commit_url
-
-
-def push_with_code(model: PreTrainedModel, *arguments: Any, **options: Any) -> Any:
-    """`model.push_to_hub` of transformers, with the network's own code beside the weights, so that anyone can load it.
-
-    transformers uploads the code of a model that came with its code, and none of one whose package is installed.
-    """
-    kind, own_map = type(model), getattr(model.config, "auto_map", None)
-    auto_class = next(name for name, code in MODEL_CODE.items() if code.rpartition(".")[2] == kind.__name__)
-    own_class, kind._auto_class = kind._auto_class, auto_class
-    model.config.auto_map = dict(MODEL_CODE)
-    try:
-        return PreTrainedModel.push_to_hub(model, *arguments, **options)
-    finally:
-        kind._auto_class = own_class
-        model.config.auto_map = own_map
 
 
 @contextmanager

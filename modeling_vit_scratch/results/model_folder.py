@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data.decoding import Processor
@@ -26,6 +27,26 @@ PROCESSOR_CODE = {
         "pil": "image_processing_vit_scratch.ViTScratchImageProcessorPil",
     }
 }
+
+
+@contextmanager
+def with_code(model: PreTrainedModel) -> Iterator[None]:
+    """Within, transformers writes the network's own code beside its weights, so that anyone can load them.
+
+    It does so by itself for a model that came with its code, and not for one whose package is installed.
+    """
+    kind, own_map = type(model), getattr(model.config, "auto_map", None)
+    auto_class = next((name for name, code in MODEL_CODE.items() if code.rpartition(".")[2] == kind.__name__), None)
+    if auto_class is None:  # a class of somebody's own, made of these
+        yield
+        return
+    own_class, kind._auto_class = kind._auto_class, auto_class
+    model.config.auto_map = dict(MODEL_CODE)
+    try:
+        yield
+    finally:
+        kind._auto_class = own_class
+        model.config.auto_map = own_map
 
 
 @contextmanager

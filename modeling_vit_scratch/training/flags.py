@@ -20,7 +20,28 @@ from .recipes import COUNTED_LENGTHS, FIELDS, FINETUNING, GROUPS, RECIPES, Recip
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LENGTHS = (*COUNTED_LENGTHS, "time_budget")
+# what timm's train.py and transformers' examples call what has another name here
+OTHER_NAMES = {
+    "aa": "auto_augment", "batch_size": "train_batch_size", "clip_grad": "max_grad_norm", "cutmix": "cutmix_alpha",
+    "data_dir": "train_dir", "epochs": "num_train_epochs", "eval_strategy": "eval_steps",
+    "evaluation_strategy": "eval_steps", "hflip": "horizontal_flip_prob", "img_size": "image_size",
+    "initial_checkpoint": "model_name_or_path", "lr": "learning_rate", "lr_scheduler": "lr_scheduler_type",
+    "mixup": "mixup_alpha", "model_ema_decay": "ema_decay", "opt": "optim", "output": "output_dir",
+    "pretrained": "model_name_or_path", "reprob": "random_erasing_prob",
+    "resume": "resume_from_checkpoint", "sched": "lr_scheduler_type", "smoothing": "label_smoothing_factor",
+    "torchcompile": "torch_compile", "vflip": "vertical_flip_prob", "workers": "dataloader_num_workers",
+}  # fmt: skip
+_FIELD_OF_NETWORK = "a field of the network: use --config_overrides"
 REFUSED = {
+    **{theirs: f"use --{ours}" for theirs, ours in OTHER_NAMES.items()},
+    "amp": "use `accelerate launch --mixed_precision bf16`: precision belongs to the machine",
+    "drop_path": f"{_FIELD_OF_NETWORK} drop_path_rate=0.1",
+    "drop_path_rate": f"{_FIELD_OF_NETWORK} drop_path_rate=0.1",
+    "ignore_mismatched_sizes": "not needed: a new head takes the place of one for other classes",
+    "model": "use --preset for a new network, --model_name_or_path for a pretrained one",
+    "num_classes": "the data tell the number of classes",
+    "num_labels": "the data tell the number of classes",
+    "patch_size": f"{_FIELD_OF_NETWORK} patch_size=8",
     "per_device_train_batch_size": "use --train_batch_size: batches are global, each process takes its share",
     "per_device_eval_batch_size": "use --eval_batch_size: batches are global, each process takes its share",
     "fp16": "use `accelerate launch --mixed_precision fp16`: precision belongs to the machine",
@@ -104,13 +125,14 @@ def parse_arguments(arguments: list[str]) -> tuple[Recipe, frozenset[str]]:
     """
     for argument in arguments:
         name = argument[2:].partition("=")[0]
-        if argument.startswith("--") and name in REFUSED:
-            raise UserError(f"--{name}: {REFUSED[name]}.")
+        if argument.startswith("--") and (known := name.replace("-", "_")) in REFUSED:
+            raise UserError(f"--{name}: {REFUSED[known]}.")
     values, strangers = build_parser().parse_known_args(arguments)
     if strangers:
         word = strangers[0]
         if word.startswith("--"):
-            raise unknown("flag", word.partition("=")[0], [f"--{name}" for name in ("config", *FIELDS)])
+            flags = [f"--{name}" for name in ("config", *FIELDS)]
+            raise unknown("flag", word.partition("=")[0], flags, "--help lists the flags.")
         raise UserError(f"{word!r} is not a flag; flags begin with -- and --help lists them.")
     words = dict(vars(values))
     file = words.pop("config", None)

@@ -59,7 +59,7 @@ from .recording import (
     training_row,
 )
 from .resolution import resolution_of
-from .run_folder import open_run
+from .run_folder import data_facts, open_run
 from .schedules import check_schedule, in_steps, learning_rate_at, steps_text
 from .sharding import check_recipe, full_tensor, is_sharded, prepare, shard_like_the_trained, whole_network
 from .state import TrainingState
@@ -98,7 +98,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     # a wrong token is found before anything is trained, and no repository is made for data that is not there
     repository = agree(accelerator, lambda: open_destination(recipe, output_dir)) if recipe.push_to_hub else None
     if is_scanned:  # before a validation split is held out: as if bad images had never been there
-        run = agree(accelerator, lambda: open_run(output_dir, recipe, facts))  # what is found is kept in the folder
+        run = agree(accelerator, lambda: open_run(output_dir, recipe, facts, data_facts(source)))  # keeps what is found
         skipped = leave_out_bad_images(accelerator, source, output_dir)
         hold_out(source, recipe.train_val_split, recipe.seed)
         limit_samples(source, recipe.max_train_samples, recipe.max_eval_samples, recipe.seed)
@@ -120,7 +120,9 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     resolution = resolution_of(recipe, chosen, model.config, num_samples)
 
     # --- the folder: a new run, one to go on with, or a finished one
-    run = run or agree(accelerator, lambda: open_run(output_dir, recipe, facts))
+    run = run or agree(accelerator, lambda: open_run(output_dir, recipe, facts, data_facts(source)))
+    if run.note is not None:
+        accelerator.print(f"note: {run.note}")
     if run.results is not None:
         if accelerator.is_main_process and not (output_dir / "report.html").exists():
             publish(output_dir, run.results, source)  # the run ended between its scores and its report

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.listing import some
+from ..data.splits import Source
 from ..errors import UserError
 from .checkpointing import checkpoints, damage, newest_whole, remove, step_of
 from .overrides import may_see_less, parse_overrides
@@ -24,16 +26,26 @@ class RunState:
 
     results: dict[str, Any] | None = None
     checkpoint: Path | None = None
+    note: str | None = None  # what a person should know of it
 
 
-def open_run(folder: Path, recipe: Recipe, facts: dict[str, Any]) -> RunState:
+def data_facts(source: Source) -> dict[str, Any]:
+    """What tells the images of a run from others: the classes in their order, and how many each split has."""
+    return {
+        "class_names": list(source.class_names),
+        "num_images": {name: len(split) for name, split in source.splits.items()},
+    }
+
+
+def open_run(folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[str, Any] | None = None) -> RunState:
     """Prepares the folder and says what it holds; called by the main process.
 
     facts: what must be the same on resume but is no field of the recipe (precision), and what is recorded beside it.
-    Raises UserError for a folder that holds something else, or a run of another recipe, naming the fields that differ.
+    data: see data_facts. Raises UserError for a folder that holds something else, or a run of another recipe or of
+    other classes, naming what differs.
     """
     try:
-        return _open_run(folder, recipe, facts)
+        return _open_run(folder, recipe, facts, data or {})
     except json.JSONDecodeError as error:
         raise UserError(
             f"{folder}/recipe.json is damaged ({error}); start afresh with --overwrite_output_dir."
@@ -42,7 +54,8 @@ def open_run(folder: Path, recipe: Recipe, facts: dict[str, Any]) -> RunState:
         raise UserError(f"--output_dir {folder} cannot be used: {error}.") from error
 
 
-def _open_run(folder: Path, recipe: Recipe, facts: dict[str, Any]) -> RunState:
+def _open_run(folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[str, Any]) -> RunState:
+    note = None
     record = folder / "recipe.json"
     if recipe.overwrite_output_dir and record.exists():
         for name in OURS:
@@ -53,15 +66,16 @@ def _open_run(folder: Path, recipe: Recipe, facts: dict[str, Any]) -> RunState:
     if record.exists() and begun:  # a run that stopped before its first step is nobody's yet
         old = json.loads(record.read_text(encoding="utf-8"))
         _refuse_another_recipe(folder, old, recipe, facts)
+        note = _compare_data(folder, old, data)
         goes_on = any(old.get(name) != getattr(recipe, name) for name in COUNTED_LENGTHS) or _names_checkpoint(recipe)
         if results.exists() and not goes_on:
-            return RunState(results=json.loads(results.read_text(encoding="utf-8")))
+            return RunState(results=json.loads(results.read_text(encoding="utf-8")), note=note)
     elif not record.exists() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"--output_dir {folder} holds files but no run; choose a new folder.")
     checkpoint = _checkpoint_to_take(folder / "checkpoints", recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(record, {**recipe.to_dict(), **facts})
-    return RunState(checkpoint=checkpoint)
+    write_json(record, {**recipe.to_dict(), **facts, **data})
+    return RunState(checkpoint=checkpoint, note=note)
 
 
 def _names_checkpoint(recipe: Recipe) -> bool:
@@ -119,6 +133,30 @@ def _refuse_another_recipe(folder: Path, old: dict[str, Any], recipe: Recipe, fa
             f"{folder} holds a run of another recipe ({'; '.join(differing)}). Go on with the old values, choose "
             "another --output_dir, or start afresh with --overwrite_output_dir."
         )
+
+
+def _compare_data(folder: Path, old: dict[str, Any], data: dict[str, Any]) -> str | None:
+    """A note where the images are more or fewer than the run began with; runs of older versions do not say.
+
+    Raises UserError where the classes are others: what the network has learned would bear other names.
+    """
+    before, now = (facts.get("class_names") for facts in (old, data))
+    if before and now and before != now:
+        gone, new = (some(map(repr, [n for n in a if n not in b])) for a, b in ((before, now), (now, before)))
+        change = " and ".join([*([f"without {gone}"] if gone else []), *([f"with {new}"] if new else [])])
+        raise UserError(
+            f"{folder} holds a run on other classes: now they are {change or 'in another order'}. Bring the old ones "
+            "back, choose another --output_dir, or start afresh with --overwrite_output_dir."
+        )
+    before, now = (facts.get("num_images") for facts in (old, data))
+    if before and now and before != now:
+        counts = (", ".join(f"{count:,} {name}" for name, count in found.items()) for found in (before, now))
+        return (
+            f"{folder} holds a run on {next(counts)} images; now there are {next(counts)}. It goes on with those, in "
+            "another order, and what was held out for validation may have been trained on: --overwrite_output_dir "
+            "starts afresh."
+        )
+    return None
 
 
 def write_json(path: Path, value: dict[str, Any]):

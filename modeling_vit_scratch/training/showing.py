@@ -8,6 +8,7 @@ import torch
 from transformers import set_seed
 
 from ..data.augmentation import POLICIES, Draws, Mixing, normalise
+from ..data.augmentation.mixing import rows_of_labels
 from ..data.decoding import Decoder, normalisation
 from ..data.loading import RowReader
 from ..data.order import ResidentOrder, derived_seed
@@ -39,26 +40,29 @@ def augmented_rows(
     _, samples = ResidentOrder(len(split), recipe.seed).batch(0, num_images)
     names = source.class_names
     plain = RowReader(source, split, Decoder(processor)).batch(samples, positions)
-    rows = [[(image.numpy(), names[label]) for image, label in zip(plain.images, plain.labels.tolist(), strict=True)]]
+    targets = rows_of_labels(plain.labels, len(names)).tolist()
+    rows = [[(image.numpy(), caption(target, names)) for image, target in zip(plain.images, targets, strict=True)]]
     mean, std = normalisation(processor, torch.device("cpu"))
     reader = RowReader(source, split, decoder)
     for step in range(num_draws):
         batch = reader.batch(samples, positions, np.full(num_images, step))
         draws = Draws(recipe.seed, step, num_images, batch.positions)
         images = augment.erase(normalise(augment(batch.images, draws), mean, std), draws)
-        targets = torch.nn.functional.one_hot(batch.labels, len(names)).float()
-        if mixing.is_on:
-            images, targets = mixing(images, batch.labels, draws, len(names))
+        images, targets = mixing(images, batch.labels, draws, len(names))
         pixels = (images * std + mean).round().clamp(0, 255).to(torch.uint8).numpy()
         rows.append([(image, caption(target, names)) for image, target in zip(pixels, targets.tolist(), strict=True)])
     return rows
 
 
 def caption(target: Sequence[float], class_names: Sequence[str]) -> str:
-    """ "cat" for a plain label, "cat 0.70 + dog 0.30" for a mixed one."""
-    order = sorted(range(len(target)), key=lambda index: -target[index])[:LONGEST_CAPTION]
+    """ "cat" for a plain label, "cat 0.70 + dog 0.30" for a mixed one; "cat + dog" for an image of both, "none" for one
+    of no class."""
+    order = sorted(range(len(target)), key=lambda index: -target[index])
     parts = [(class_names[index], target[index]) for index in order if target[index] > 0]
-    return parts[0][0] if len(parts) == 1 else " + ".join(f"{name} {share:.2f}" for name, share in parts)
+    is_whole = [len(parts) == 1 or abs(share - 1) < 1e-6 for _, share in parts]
+    named = [name if whole else f"{name} {share:.2f}" for (name, share), whole in zip(parts, is_whole, strict=True)]
+    rest = ["..."] if sum(is_whole) > LONGEST_CAPTION else []
+    return " + ".join(named[:LONGEST_CAPTION] + rest) or "none"
 
 
 def show_augmentation(arguments: list[str]) -> int:

@@ -1,5 +1,6 @@
 """A checkpoint's tensors and what its JSON files say: from a folder, a Hub repository or one file of weights."""
 
+import difflib
 import json
 import pickle
 import zipfile
@@ -120,6 +121,11 @@ def open_checkpoint(name_or_path: str, hub: dict[str, Any] | None = None) -> Che
         return _open_file(name_or_path, path)
     if path.is_dir():
         return _open_folder(name_or_path, path)
+    if path.parent.name and path.parent.is_dir():  # the Hub need not be asked for what is a run misspelt
+        runs = [record.parent.name for record in path.parent.glob("*/recipe.json")]
+        for near in difflib.get_close_matches(path.name, runs, n=1):
+            there = str(path.parent / near)
+            raise UserError(f"{name_or_path}: there is no such folder or file. Did you mean {there!r}?")
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1 or path.suffix in ENDINGS:
         raise UserError(f"{name_or_path}: there is no such folder or file.")
     return _open_repository(name_or_path, hub or {})
@@ -145,6 +151,8 @@ def _refuse_training_state(name: str, folder: Path):
 
 
 def _open_folder(name: str, folder: Path) -> Checkpoint:
+    if (folder / "recipe.json").is_file() and (folder / "model" / "config.json").is_file():
+        folder /= "model"  # of a finished run
     if not (folder / "config.json").is_file():
         _refuse_training_state(name, folder)
         files = [file.name for file in sorted(folder.iterdir()) if file.suffix in ENDINGS]

@@ -45,7 +45,7 @@ class Mixing:
         rank's partners may be another's.
         """
         if not self.is_on:
-            return images, _rows_of_labels(labels, num_labels).to(images.dtype)
+            return images, rows_of_labels(labels, num_labels).to(images.dtype)
         partners = partner_positions(draws)
         pool, pool_labels, positions = images, labels, draws.positions
         if draws.world_size > 1 and not (draws.is_interleaved and num_groups(draws.batch_size) % draws.world_size == 0):
@@ -63,7 +63,7 @@ class Mixing:
             inside = _inside(send(boxes, images.device), *images.shape[-2:]).to(images.dtype)  # (B, 1, H, W)
             weights = torch.where(send(is_cut, images.device)[:, None, None, None], inside, weights)
         own_labels, partners_labels = (
-            _rows_of_labels(values, num_labels) for values in (labels, pool_labels.index_select(0, rows))
+            rows_of_labels(values, num_labels) for values in (labels, pool_labels.index_select(0, rows))
         )
         targets = own_labels * share + partners_labels * (1 - share)
         return torch.lerp(images, pool.index_select(0, rows), weights), targets
@@ -91,7 +91,7 @@ class Mixing:
         return torch.from_numpy(own), torch.from_numpy(is_cut), torch.from_numpy(boxes)
 
 
-def _rows_of_labels(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
+def rows_of_labels(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
     """(B, K): true at the class of ids (B,); labels that are rows already as they are."""
     return labels if labels.ndim == 2 else labels[:, None] == torch.arange(num_labels, device=labels.device)
 
