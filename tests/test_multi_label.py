@@ -81,6 +81,26 @@ def test_augmented_images_of_several_labels_are_drawn_with_their_names(colours, 
     }  # fmt: skip
 
 
+def test_the_best_of_a_run_is_told_by_a_score_of_several_labels(colours, tmp_path):
+    flags = ["--train_dir", colours("train", 64), "--recipe", "cifar10", "--max_steps", 6, "--eval_steps", 2,
+             "--train_batch_size", 32, "--load_best_model_at_end", "true"]  # fmt: skip
+    results = run(tmp_path / "run", *flags, "--metric_for_best_model", "mean_average_precision")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scored = {row["step"]: row["eval_mean_average_precision"] for row in rows if "eval_loss" in row}
+    assert scored[results["best_step"]] == max(scored.values()) == results["validation_mean_average_precision"]
+    flags = ["--max_steps", 4, "--load_best_model_at_end", "true", "--metric_for_best_model", "f1_micro"]
+    with pytest.raises(UserError, match="f1_micro is for images of several classes each; here f1_macro is"):
+        run(
+            tmp_path / "digits",
+            "--max_steps",
+            4,
+            "--load_best_model_at_end",
+            "true",
+            "--metric_for_best_model",
+            "f1_micro",
+        )
+
+
 def test_a_limited_set_of_several_labels_an_image_has_as_many_as_asked_for(colours, tmp_path):
     root = str(colours("train", 64))
     few, more = (open_source(train_dir=root, max_train_samples=count).splits["train"] for count in (12, 30))

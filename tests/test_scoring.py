@@ -239,6 +239,7 @@ def test_several_classes_an_image_are_scored_as_scikit_learn_does(save_model, tm
     assert "confusion" not in found and "calibration" not in found
     code, out, _ = evaluated(capsys, folder, "--test_dir", root)
     assert code == 0 and "Mean average precision" in out and "Confusion" not in out
+    assert "Exact match" in out and "Accuracy" not in out
     code, _, err = evaluated(capsys, folder, "--test_dir", root, "--picture", tmp_path / "a.png")
     assert code == 2 and "any number an image" in err
     rows = [f"{index:02d}.png,{names[index % 3]}" for index in range(16)]  # each image happens to have one class

@@ -129,7 +129,7 @@ def evaluation_results(run: RunRecord) -> list[EvalResult]:
             dataset_name=label,
             dataset_split=split,
             metric_type=METRICS[metric].hub_type,
-            metric_name=METRICS[metric].label,
+            metric_name=metric_label(metric, run.is_multi_label),
             metric_value=value,
         )
         for split, found in scores(run.results).items()
@@ -195,8 +195,7 @@ def score_table(run: RunRecord) -> str:
     lines = [f"| | {' | '.join(by_split)} |", f"|---|{'---:|' * len(by_split)}"]
     for metric in metrics:
         cells = [metric_text(metric, found[metric]) if metric in found else "–" for found in by_split.values()]
-        label = "Exact match" if metric == "accuracy" and run.is_multi_label else metric_label(metric)
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append(f"| {metric_label(metric, run.is_multi_label)} | {' | '.join(cells)} |")
     return "\n".join(["## Scores", "", *lines])
 
 

@@ -136,8 +136,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def metric_label(metric: str) -> str:
-    """The name of a metric for people; of one that is not in METRICS, its own name in words."""
+def metric_label(metric: str, is_multi_label: bool = False) -> str:
+    """The name of a metric for people; of one that is not in METRICS, its own name in words.
+
+    is_multi_label: an image has any number of classes, and is right where the answer has exactly those.
+    """
+    if metric == "accuracy" and is_multi_label:
+        return "Exact match"
     return METRICS[metric].label if metric in METRICS else metric.replace("_", " ").capitalize()
 
 

@@ -3,6 +3,7 @@
 report_html.py holds the page's pieces, report_charts.py its charts, report_network.py what shows images and weights.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,12 @@ def heading(run: RunRecord) -> str:
     """Name, one sentence, the scores as tiles, all scores as a table, and what to be wary of."""
     results = run.results
     parts = [f"<h1>{text(run.name)}</h1>", f'<p class="lead">{text(lead(run))}</p>']
-    by_split = scores(results)
+    by_split, label = scores(results), partial(metric_label, is_multi_label=run.is_multi_label)
     tiles = [
-        tile(metric_text(metric, value), f"{metric_label(metric)}, {split}{margin(run, split, metric, value)}")
+        tile(
+            metric_text(metric, value),
+            f"{label(metric)}, {split}{margin(run, split, metric, value)}",
+        )
         for split, found in by_split.items()
         for metric, value in found.items()
         if metric in METRICS and METRICS[metric].is_share
@@ -99,7 +103,7 @@ def heading(run: RunRecord) -> str:
     if by_split:
         metrics = list(dict.fromkeys(metric for found in by_split.values() for metric in found))
         rows = [
-            [metric_label(metric)]
+            [label(metric)]
             + [metric_text(metric, found[metric]) if metric in found else "–" for found in by_split.values()]
             for metric in metrics
         ]
@@ -177,7 +181,7 @@ def curves(run: RunRecord) -> Section | None:
             ]
             for row in run.evaluations
         ]
-        headers = ["Step", *(metric_label(key.removeprefix("eval_")) for key in metrics)]
+        headers = ["Step", *(metric_label(key.removeprefix("eval_"), run.is_multi_label) for key in metrics)]
         body += folded(f"All {len(rows)} evaluations on the validation split", table(headers, rows))
     return Section("curves", "Curves", body)
 

@@ -58,7 +58,7 @@ def overall(results: dict[str, Any]) -> str:
             "images"
         )
     lines = [
-        [metric_label(name), metric_text(name, results[name]), comments.get(name, "")]
+        [metric_label(name, results["is_multi_label"]), metric_text(name, results[name]), comments.get(name, "")]
         for name in METRICS
         if name in results
     ]

@@ -20,7 +20,11 @@ from .record import METRICS, accuracy_margin, metric_label, metric_text, printab
 
 Record = dict[str, Any]
 
-SCORES = ("validation_accuracy", "validation_loss", "validation_f1_macro", "test_accuracy")
+SCORES = (
+    "validation_accuracy", "validation_loss", "validation_f1_macro", "validation_f1_micro",
+    "validation_mean_average_precision", "test_accuracy",
+)  # fmt: skip
+ALWAYS_SHOWN = ("validation_accuracy", "validation_loss", "test_accuracy")
 COSTS = ("train_seconds", "steps", "images_per_second")
 WHOLE, PARTLY_FAILED, FAILED, WAITING = range(4)  # the order in which groups are ranked
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")  # Okabe and Ito
@@ -118,8 +122,8 @@ def spread_text(metric: str, found: Spread | None) -> str:
 
 
 def score_columns(metric: str) -> list[str]:
-    """The scores a table shows: those of SCORES, the F1 only where it decides."""
-    return [name for name in SCORES if name != "validation_f1_macro" or metric == "f1_macro"]
+    """The scores a table shows: those of ALWAYS_SHOWN, and the one that decides."""
+    return [name for name in SCORES if name in ALWAYS_SHOWN or name == f"validation_{metric}"]
 
 
 def table(record: Record) -> str:

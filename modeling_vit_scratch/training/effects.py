@@ -9,7 +9,7 @@ from ..data.splits import Source
 from ..errors import UserError
 from .features import can_cache_features, drawn_of_images
 from .overrides import checkpoint_rates, has_own_patch_drop_rate, may_see_less, patch_drop_rate_of
-from .recipes import Recipe
+from .recipes import MULTI_LABEL_METRICS, Recipe
 from .time_budget import seconds_of
 
 # flag -> (it has no effect on this recipe, because ...)
@@ -171,3 +171,6 @@ def check_source(recipe: Recipe, chosen: frozenset[str], source: Source, decoder
         asked = name in chosen and getattr(recipe, name) not in (None, False)
         if asked and is_idle(source, decoder):
             raise UserError(f"--{name} has no effect here: {reason}.")
+    metric = recipe.metric_for_best_model
+    if metric in MULTI_LABEL_METRICS and not source.is_multi_label:
+        raise UserError(f"--metric_for_best_model {metric} is for images of several classes each; here f1_macro is.")

@@ -20,6 +20,7 @@ def flag(default: Any, group: str, text: str, **limits: Any) -> Any:
 DATA, NETWORK, LENGTH = "data", "network", "length and batch"
 OPTIMIZATION, AUGMENTATION = "optimization", "augmentation"
 OUTPUT, MACHINE = "evaluation, logging and saving", "this machine"
+MULTI_LABEL_METRICS = ("f1_micro", "mean_average_precision")
 GROUPS = (DATA, NETWORK, LENGTH, OPTIMIZATION, AUGMENTATION, OUTPUT, MACHINE)
 
 
@@ -244,8 +245,9 @@ class Recipe:
     save_total_limit: int = flag(2, OUTPUT, "checkpoints kept, besides the best", at_least=1)
     load_best_model_at_end: bool = flag(False, OUTPUT, "model/ takes the weights that validated best, not the last")
     metric_for_best_model: str = flag(
-        "accuracy", OUTPUT, "the score that decides which is best", choices=("accuracy", "loss", "f1_macro")
-    )
+        "accuracy", OUTPUT, "the score that decides which is best; the last two where images have several classes each",
+        choices=("accuracy", "loss", "f1_macro", *MULTI_LABEL_METRICS),
+    )  # fmt: skip
     report_to: str = flag("auto", OUTPUT, "trackers: auto (TensorBoard if installed), none, all, or names with commas")
     seed: int = flag(42, OUTPUT, "of initialisation, order, augmentation and dropout", at_least=0)
     push_to_hub: bool = flag(False, OUTPUT, "model/ goes to the Hub at the end; the right to write is checked at once")

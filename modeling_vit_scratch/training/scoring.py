@@ -210,6 +210,7 @@ def score(
         "seconds": round(seconds, 3),
         "images_per_second": round(num_images / seconds, 1),
         "class_names": source.class_names,
+        "is_multi_label": source.is_multi_label,
         **details,
         "per_class": with_recall_intervals(details["per_class"]),
     }
