@@ -52,9 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = getattr(importlib.import_module(f".{module}", __package__), function)(arguments[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # who read the output has gone, `| head` say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter, which flushes at its end
-        return 128 + signal.SIGPIPE
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # who read the output has gone, `| head` say; else it was another pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes at its end
+            return 128 + signal.SIGPIPE
+        raise
     return code
 
 

@@ -152,6 +152,10 @@ def test_an_image_processor_that_does_not_fit_its_network_is_said_in_one_line(ch
         open_model(str(checkpoint(do_center_crop=True)))
     model, processor, _ = open_model(str(checkpoint(do_resize=False)))
     (found,) = predict(model, processor, [str(photo)])
+    small = checkpoint(do_resize=False, size={"height": 224, "width": 224})
+    make_images(1, (SIDE, SIDE))[0].save(photo)
+    model, processor, _ = open_model(str(small))
+    assert next(predict(model, processor, [str(photo)])).error is None  # whatever size it does not resize to
     assert found.error == "it has 150 x 200 pixels, and a processor without resize takes 128 x 128"
 
 

@@ -160,3 +160,6 @@ def test_a_run_whose_images_have_become_more_says_so_and_goes_on(stopped, tmp_pa
     assert "holds a run on 33 train, 3 validation images; now there are 36 train, 4 validation." in said
     run(tmp_path / "run", *flags)
     assert "now there are" not in capsys.readouterr().out  # it has been told
+    (folder / "cat" / "again0.png").unlink()
+    run(tmp_path / "run", *flags)
+    assert "Its scores are those of the former" in capsys.readouterr().out

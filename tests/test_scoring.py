@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -204,6 +205,12 @@ def test_a_dataset_without_a_training_split_can_be_scored(save_model, parquet_re
         assert found["num_images"] == 9 and [row["support"] for row in found["per_class"]] == [3, 3, 3]
     with pytest.raises(UserError, match="has no training split; it has: "):
         open_source(str(repo))
+    for split, labels in (("validation", ["class 0", "class 0"]), ("test", ["class 1", "class 2", "class 0"])):
+        table = datasets.Dataset.from_dict({"image": make_images(len(labels)), "label": labels})
+        (tmp_path / "texts" / "data").mkdir(parents=True, exist_ok=True)
+        table.to_parquet(tmp_path / "texts" / "data" / f"{split}-00000-of-00001.parquet")
+    found = scores_of(capsys, tmp_path, model, "--dataset_name", tmp_path / "texts")
+    assert found["num_images"] == 3 and [row["support"] for row in found["per_class"]] == [1, 1, 1]
 
 
 def test_a_part_of_the_classes_can_be_scored(digits, capsys, tmp_path):

@@ -62,7 +62,7 @@ def open_source(
 ) -> Source:
     """The source that the flags of the same names describe. Raises UserError for what cannot be found or decided.
 
-    needs_training: whether a dataset without a training split is refused; else any of its splits tells the classes.
+    needs_training: whether a dataset without a training split is refused; else all of its splits tell the classes.
     """
     if train_dir is not None:
         given = {"train": train_dir, "validation": validation_dir, "test": test_dir}
@@ -73,7 +73,7 @@ def open_source(
         source = _open_table(
             dataset_name, dataset_config_name, image_column_name, label_column_name, streaming, needs_training
         )
-    if len(source.class_names) < 2:
+    if len(source.class_names) < 2 and needs_training:
         raise UserError(
             f"{source.name} has a single class ({', '.join(source.class_names) or 'none'}); a classifier needs two."
         )
@@ -139,7 +139,7 @@ def _open_table(
     used = {ours: split for ours, split in theirs.items() if split is not None}
     if (theirs["train"] is None and needs_training) or not used:
         raise UserError(f"{dataset_name} has no training split; it has: {', '.join(files)}.")
-    first = next(iter(used))  # training's, or where there is none, that of another split
+    first = next(iter(used))  # training's, where there is one, tells the types of columns
     image_column, label_column = image_column or row.image_column, label_column or row.label_column
 
     if kind == "webdataset" and streaming:
@@ -178,7 +178,8 @@ def _open_table(
         }
     feature = features[columns[1]]
     is_multi_label = isinstance(feature, LISTS)
-    class_names, label_ids = _classes(feature.feature if is_multi_label else feature, examples[first], is_multi_label)
+    ruling = [examples["train"]] if "train" in used else list(examples.values())
+    class_names, label_ids = _classes(feature.feature if is_multi_label else feature, ruling, is_multi_label)
     splits = {ours: Split(found) for ours, found in examples.items()}
     repository = None if os.path.isdir(location) else location
     return Source(
@@ -269,9 +270,9 @@ def _kind(feature: Any) -> str:
     return getattr(feature, "dtype", type(feature).__name__)
 
 
-def _classes(feature: Any, examples: Examples, is_multi_label: bool) -> tuple[list[str], dict[Any, int] | None]:
+def _classes(feature: Any, ruling: list[Examples], is_multi_label: bool) -> tuple[list[str], dict[Any, int] | None]:
     """Class names and the map from raw labels to ids, from the type of one label or else from the labels."""
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names), None
-    labels = examples.labels()
+    labels = [label for examples in ruling for label in examples.labels()]
     return classes_of(one for label in labels for one in (label or ())) if is_multi_label else classes_of(labels)

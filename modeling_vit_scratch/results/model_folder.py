@@ -35,7 +35,7 @@ def with_code(model: PreTrainedModel) -> Iterator[None]:
 
     It does so by itself for a model that came with its code, and not for one whose package is installed.
     """
-    kind, own_map = type(model), getattr(model.config, "auto_map", None)
+    kind, own_map = type(model), vars(model.config).get("auto_map")
     auto_class = next((name for name, code in MODEL_CODE.items() if code.rpartition(".")[2] == kind.__name__), None)
     if auto_class is None:  # a class of somebody's own, made of these
         yield
@@ -47,6 +47,8 @@ def with_code(model: PreTrainedModel) -> Iterator[None]:
     finally:
         kind._auto_class = own_class
         model.config.auto_map = own_map
+        if own_map is None:
+            del model.config.auto_map
 
 
 @contextmanager

@@ -34,6 +34,7 @@ def data_facts(source: Source) -> dict[str, Any]:
     return {
         "class_names": list(source.class_names),
         "num_images": {name: len(split) for name, split in source.splits.items()},
+        "held_out": source.held_out,
     }
 
 
@@ -66,9 +67,10 @@ def _open_run(folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[st
     if record.exists() and begun:  # a run that stopped before its first step is nobody's yet
         old = json.loads(record.read_text(encoding="utf-8"))
         _refuse_another_recipe(folder, old, recipe, facts)
-        note = _compare_data(folder, old, data)
         goes_on = any(old.get(name) != getattr(recipe, name) for name in COUNTED_LENGTHS) or _names_checkpoint(recipe)
-        if results.exists() and not goes_on:
+        goes_on |= not results.exists()
+        note = _compare_data(folder, old, data, goes_on)
+        if not goes_on:
             return RunState(results=json.loads(results.read_text(encoding="utf-8")), note=note)
     elif not record.exists() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"--output_dir {folder} holds files but no run; choose a new folder.")
@@ -135,7 +137,7 @@ def _refuse_another_recipe(folder: Path, old: dict[str, Any], recipe: Recipe, fa
         )
 
 
-def _compare_data(folder: Path, old: dict[str, Any], data: dict[str, Any]) -> str | None:
+def _compare_data(folder: Path, old: dict[str, Any], data: dict[str, Any], goes_on: bool) -> str | None:
     """A note where the images are more or fewer than the run began with; runs of older versions do not say.
 
     Raises UserError where the classes are others: what the network has learned would bear other names.
@@ -149,14 +151,16 @@ def _compare_data(folder: Path, old: dict[str, Any], data: dict[str, Any]) -> st
             "back, choose another --output_dir, or start afresh with --overwrite_output_dir."
         )
     before, now = (facts.get("num_images") for facts in (old, data))
-    if before and now and before != now:
-        counts = (", ".join(f"{count:,} {name}" for name, count in found.items()) for found in (before, now))
-        return (
-            f"{folder} holds a run on {next(counts)} images; now there are {next(counts)}. It goes on with those, in "
-            "another order, and what was held out for validation may have been trained on: --overwrite_output_dir "
-            "starts afresh."
-        )
-    return None
+    if not before or not now or before == now:
+        return None
+    counts = (", ".join(f"{count:,} {name}" for name, count in found.items()) for found in (before, now))
+    note = f"{folder} holds a run on {next(counts)} images; now there are {next(counts)}."
+    if not goes_on:
+        return f"{note} Its scores are those of the former; --overwrite_output_dir starts afresh."
+    if before.get("train") != now.get("train"):
+        leak = ", and what was held out for validation may have been trained on" if data.get("held_out") else ""
+        note += f" It goes on with these, in another order{leak}: --overwrite_output_dir starts afresh."
+    return note
 
 
 def write_json(path: Path, value: dict[str, Any]):

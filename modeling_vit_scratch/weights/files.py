@@ -121,13 +121,8 @@ def open_checkpoint(name_or_path: str, hub: dict[str, Any] | None = None) -> Che
         return _open_file(name_or_path, path)
     if path.is_dir():
         return _open_folder(name_or_path, path)
-    if path.parent.name and path.parent.is_dir():  # the Hub need not be asked for what is a run misspelt
-        runs = [record.parent.name for record in path.parent.glob("*/recipe.json")]
-        for near in difflib.get_close_matches(path.name, runs, n=1):
-            there = str(path.parent / near)
-            raise UserError(f"{name_or_path}: there is no such folder or file. Did you mean {there!r}?")
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1 or path.suffix in ENDINGS:
-        raise UserError(f"{name_or_path}: there is no such folder or file.")
+        raise UserError(f"{name_or_path}: there is no such folder or file.{_near(name_or_path)}")
     return _open_repository(name_or_path, hub or {})
 
 
@@ -202,11 +197,11 @@ def _fetched(name: str, file_name: str, hub: dict[str, Any], optional: bool = Fa
     try:
         return Path(hf_hub_download(name, file_name, **hub))
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(f"{name}: no such folder or file, and no such model on the Hub.") from error
+        raise UserError(f"{name}: no such folder or file, and no such model on the Hub.{_near(name)}") from error
     except LocalEntryNotFoundError as error:  # an EntryNotFoundError too: it comes first
         if optional and file_name == "preprocessor_config.json":
             return None  # offline, what a timm repository never had cannot be told from what was not fetched
-        raise UserError(f"{name}: no such folder or file, and the Hub cannot be reached.") from error
+        raise UserError(f"{name}: no such folder or file, and the Hub cannot be reached.{_near(name)}") from error
     except EntryNotFoundError as error:
         if optional:
             return None
@@ -215,6 +210,14 @@ def _fetched(name: str, file_name: str, hub: dict[str, Any], optional: bool = Fa
         raise UserError(f"{name} has no branch, tag or commit {hub.get('revision')!r} on the Hub.") from error
     except (HfHubHTTPError, OSError) as error:
         raise UserError(f"{name}: the Hub does not give it: {error}") from error
+
+
+def _near(name: str) -> str:
+    """A hint at the run whose folder may be meant; empty where none is near."""
+    path = Path(name).expanduser()
+    runs = [record.parent.name for record in path.parent.glob("*/recipe.json")]
+    close = difflib.get_close_matches(path.name, runs, n=1)
+    return f" Did you mean {str(path.parent / close[0])!r}?" if close else ""
 
 
 def _shards_of(name: str, index: Path) -> list[str]:

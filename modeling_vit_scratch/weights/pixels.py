@@ -40,6 +40,8 @@ def processor_fields(checkpoint: Checkpoint, format_name: str, size: tuple[int, 
         fields = {name: _listed(name, said[name]) for name in KEPT if said.get(name) is not None}
         fields["size"] = _sides(checkpoint, "size") or {"height": size[0], "width": size[1]}
         if not fields.get("do_center_crop"):
+            if fields.get("do_resize") is False:  # its size is nobody's
+                fields["size"] = {"height": size[0], "width": size[1]}
             return fields
         if (crop := _sides(checkpoint, "crop_size")) is None:
             raise UserError(f"{checkpoint.name}: preprocessor_config.json has do_center_crop and no crop_size.")
@@ -115,7 +117,8 @@ def _facts_of_processor(checkpoint: Checkpoint) -> dict[str, Any]:
         facts["crop_pct"] = min(crop["height"], crop["width"]) / shortest
         return facts | ({} if "shortest_edge" in size else {"crop_mode": "squash"})
     # small images are seen whole, which says nothing of photographs
-    is_squashed = size is not None and "shortest_edge" not in size and max(size.values()) > SMALL
+    is_resized = said.get("do_resize") is not False and size is not None and "shortest_edge" not in size
+    is_squashed = is_resized and max(size.values()) > SMALL
     return facts | ({"crop_pct": 1.0, "crop_mode": "squash"} if is_squashed else {})
 
 
@@ -144,6 +147,8 @@ def _facts_of_timm(checkpoint: Checkpoint) -> dict[str, Any]:
     facts = {"image_mean": trained.get("mean"), "image_std": trained.get("std"), "crop_pct": trained.get("crop_pct")}
     if trained.get("crop_mode") == "squash":
         facts |= {"crop_pct": facts["crop_pct"] or 1.0, "crop_mode": "squash"}
+        if facts["crop_pct"] == 1 and max((trained.get("input_size") or [SMALL + 1])[1:] or [SMALL + 1]) <= SMALL:
+            del facts["crop_pct"], facts["crop_mode"]  # as of a processor of small images
     method = str(trained.get("interpolation", "")).upper()
     if method in PILImageResampling.__members__:
         facts["resample"] = int(PILImageResampling[method])
