@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from test_run_train import equal, metrics, run, weights
 
 from modeling_vit_scratch.errors import UserError
@@ -148,6 +149,15 @@ def test_a_run_does_not_go_on_with_other_classes(stopped, tmp_path, new_name):
     flags, folder = stopped
     (folder / "dog").rename(folder / new_name)
     with pytest.raises(UserError, match=f"other classes: now they are without 'dog' and with '{new_name}'. Bring"):
+        run(tmp_path / "run", *flags)
+
+
+def test_a_run_does_not_go_on_with_images_of_another_size(stopped, tmp_path):
+    flags, folder = stopped
+    for file in folder.rglob("*.png"):
+        with Image.open(file) as image:
+            image.resize((12, 12)).save(file)
+    with pytest.raises(UserError, match="step-000003 is of another network .*: the images had another size"):
         run(tmp_path / "run", *flags)
 
 

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
+from ..errors import UserError
 from .averaging import AveragedWeights
 from .checkpointing import (
     load_checkpoint,
@@ -104,7 +105,15 @@ class TrainingState:
     def restore(self, path: Path):
         """Puts back what a verified checkpoint holds, on any number of processes."""
         accelerator, saved = self.accelerator, load_checkpoint(path)
-        self.model.load_state_dict(shared_out(saved.model, self.model.state_dict()))
+        own = self.model.state_dict()
+        others = [name for name in own if name not in saved.model or saved.model[name].shape != own[name].shape]
+        if others:
+            raise UserError(
+                f"{path} is of another network (in {others[0]}): the images had another size, or another number of "
+                "channels or classes. Bring the old ones back, choose another --output_dir, or start afresh with "
+                "--overwrite_output_dir."
+            )
+        self.model.load_state_dict(shared_out(saved.model, own))
         load_optimizer_tensors(self.optimizer.optimizer, self.parameter_names, saved.optimizer)
         state = saved.state
         self.position = Position(**state["position"])
