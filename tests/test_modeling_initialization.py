@@ -7,6 +7,7 @@ from torch import nn
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchModel
 from modeling_vit_scratch.modeling_vit_scratch import sincos2d_positions
+from modeling_vit_scratch.results.model_folder import MODEL_CODE
 
 # ---------------------------------------------------------------- initialisation
 
@@ -166,7 +167,8 @@ def test_a_saved_model_comes_back_bit_for_bit(fields, tmp_path):
     model.save_pretrained(tmp_path)
     loaded, report = ViTScratchForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert {**loaded.config.to_dict(), "_name_or_path": ""} == {**model.config.to_dict(), "_name_or_path": ""}
+    expected = {**model.config.to_dict(), "_name_or_path": "", "auto_map": MODEL_CODE}  # which lies beside it
+    assert {**loaded.config.to_dict(), "_name_or_path": ""} == expected
     weights = loaded.state_dict()
     assert list(weights) == list(model.state_dict())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
