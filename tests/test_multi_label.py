@@ -90,15 +90,7 @@ def test_the_best_of_a_run_is_told_by_a_score_of_several_labels(colours, tmp_pat
     assert scored[results["best_step"]] == max(scored.values()) == results["validation_mean_average_precision"]
     flags = ["--max_steps", 4, "--load_best_model_at_end", "true", "--metric_for_best_model", "f1_micro"]
     with pytest.raises(UserError, match="f1_micro is for images of several classes each; here f1_macro is"):
-        run(
-            tmp_path / "digits",
-            "--max_steps",
-            4,
-            "--load_best_model_at_end",
-            "true",
-            "--metric_for_best_model",
-            "f1_micro",
-        )
+        run(tmp_path / "digits", *flags)
 
 
 def test_a_limited_set_of_several_labels_an_image_has_as_many_as_asked_for(colours, tmp_path):

@@ -231,7 +231,7 @@ class Decoder:
         try:
             return self._evaluated(image)
         except ValueError as error:  # channels that the network has not, or pixels of another kind
-            raise BadImageError(example.name, " ".join(str(error).split()).rstrip(".")) from error
+            raise BadImageError(example.name, _reason(error, example.image)) from error
 
     def _evaluated(self, image: Image.Image) -> torch.Tensor:
         num_channels = self.processor.num_channels

@@ -46,9 +46,10 @@ def with_code(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         kind._auto_class = own_class
-        model.config.auto_map = own_map
         if own_map is None:
             del model.config.auto_map
+        else:
+            model.config.auto_map = own_map
 
 
 @contextmanager

@@ -116,10 +116,13 @@ def _facts_of_processor(checkpoint: Checkpoint) -> dict[str, Any]:
         shortest = size.get("shortest_edge") or min(size["height"], size["width"])
         facts["crop_pct"] = min(crop["height"], crop["width"]) / shortest
         return facts | ({} if "shortest_edge" in size else {"crop_mode": "squash"})
-    # small images are seen whole, which says nothing of photographs
     is_resized = said.get("do_resize") is not False and size is not None and "shortest_edge" not in size
-    is_squashed = is_resized and max(size.values()) > SMALL
-    return facts | ({"crop_pct": 1.0, "crop_mode": "squash"} if is_squashed else {})
+    return facts | (_seen_whole(list(size.values())) if is_resized else {})
+
+
+def _seen_whole(sides: list[int]) -> dict[str, Any]:
+    """The facts of images brought to these sides without a crop; small ones are, which says nothing of photographs."""
+    return {"crop_pct": 1.0, "crop_mode": "squash"} if max(sides, default=SMALL + 1) > SMALL else {}
 
 
 def _statistics(said: dict[str, Any]) -> dict[str, Any]:
@@ -145,10 +148,10 @@ def _listed(name: str, value: Any) -> Any:
 def _facts_of_timm(checkpoint: Checkpoint) -> dict[str, Any]:
     trained = pretrained_facts(checkpoint.config)
     facts = {"image_mean": trained.get("mean"), "image_std": trained.get("std"), "crop_pct": trained.get("crop_pct")}
-    if trained.get("crop_mode") == "squash":
-        facts |= {"crop_pct": facts["crop_pct"] or 1.0, "crop_mode": "squash"}
-        if facts["crop_pct"] == 1 and max((trained.get("input_size") or [SMALL + 1])[1:] or [SMALL + 1]) <= SMALL:
-            del facts["crop_pct"], facts["crop_mode"]  # as of a processor of small images
+    if trained.get("crop_mode") == "squash" and facts["crop_pct"] in (None, 1):
+        facts |= {"crop_pct": None, **_seen_whole((trained.get("input_size") or [])[1:])}
+    elif trained.get("crop_mode") == "squash":
+        facts["crop_mode"] = "squash"
     method = str(trained.get("interpolation", "")).upper()
     if method in PILImageResampling.__members__:
         facts["resample"] = int(PILImageResampling[method])
