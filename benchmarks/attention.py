@@ -2,10 +2,11 @@
 
 python benchmarks/attention.py                                               a table by precision and tokens
     --output benchmarks/results/attention-cpu.json                           keeps the numbers
+    --head_dim 32                                                            channels a head, 64 where not said
 python benchmarks/attention.py --device cuda
 
 Forward and backward of attention alone, from queries, keys and values as the network has them (transposed views of
-(B, N, A, F)) to the tokens' outputs; 64 channels a head. Candidates take turns; milliseconds are medians of the rounds.
+(B, N, A, F)) to the tokens' outputs. Candidates take turns; milliseconds are medians of the rounds.
 `sdpa`, the default, takes "products" where this table says so (is_faster_as_products in modeling_vit_scratch.py).
 """
 
@@ -23,8 +24,8 @@ from train_step import PRECISION_NAMES, PRECISIONS, seconds
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_vit_scratch.modeling_vit_scratch import eager_attention_forward, product_attention_forward
+from modeling_vit_scratch.training.machine import keep_freed_memory
 
-HEAD_DIM = 64
 CASES = {16: 256, 65: 128, 197: 16, 257: 16, 577: 4, 1025: 2}  # tokens: images, so that each takes a moment
 CANDIDATES: dict[str, Callable] = {
     "eager": eager_attention_forward,
@@ -34,12 +35,13 @@ CANDIDATES: dict[str, Callable] = {
 
 
 def candidate(module: nn.Module, attention: Callable, inputs: list[torch.Tensor], precision: str) -> Callable[[], None]:
+    scaling = inputs[0].shape[-1] ** -0.5
     gradient = torch.randn(inputs[0].shape, dtype=inputs[0].dtype, device=inputs[0].device)
 
     def step():
         heads = [states.detach().requires_grad_() for states in inputs]
         with torch.autocast(gradient.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            output, _ = attention(module, *(states.transpose(1, 2) for states in heads), None, scaling=HEAD_DIM**-0.5)
+            output, _ = attention(module, *(states.transpose(1, 2) for states in heads), None, scaling=scaling)
         output.backward(gradient)
 
     return step
@@ -50,9 +52,11 @@ def main():
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--num_heads", type=int, default=3)
+    parser.add_argument("--head_dim", type=int, default=64, help="channels a head")
     parser.add_argument("--compile", action="store_true", help="also each compiled")
     parser.add_argument("--output", help="a JSON file to keep the numbers in")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as the processes that train
     module = ours(SHAPES["nano"]).vit.layers[0].attention.to(arguments.device)
     rows = []
     for precision, dtype in PRECISIONS.items():
@@ -62,7 +66,7 @@ def main():
             if arguments.compile:
                 torch.compiler.reset()  # for these shapes, as a network has its own
                 candidates |= {f"{name}, compiled": torch.compile(attention) for name, attention in CANDIDATES.items()}
-            size = (batch_size, num_tokens, arguments.num_heads, HEAD_DIM)
+            size = (batch_size, num_tokens, arguments.num_heads, arguments.head_dim)
             inputs = [torch.randn(size, device=arguments.device, dtype=dtype) for _ in range(3)]
             steps = {name: candidate(module, attention, inputs, precision) for name, attention in candidates.items()}
             taken: dict[str, list[float]] = {name: [] for name in steps}

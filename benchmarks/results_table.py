@@ -25,6 +25,11 @@ def command_of(run: dict[str, Any]) -> str:
     return run.get("command_today", run["command"])
 
 
+def flags_of(command: str) -> str:
+    """The flags of run_train.py that matter to a reader: without where the copy of the set lay, and the trackers."""
+    return re.sub(r" --(dataset_name datasets/|report_to )\S+", "", command.partition("run_train.py ")[2])
+
+
 def read_runs(folder: Path = RUNS) -> dict[str, list[dict[str, Any]]]:
     """The recorded runs by the command that they share, seeds left out."""
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -51,7 +56,7 @@ def table(groups: dict[str, list[dict[str, Any]]]) -> str:
         hardware = first["hardware"]
         precision = "" if first["mixed_precision"] == "no" else f", {first['mixed_precision']}"
         cells = [
-            f"`{command.partition('run_train.py ')[2]}`",
+            f"`{flags_of(command)}`",
             f"{first['num_parameters']:,}",
             spread([100 * run["test_accuracy"] for run in runs], 2),
             ", ".join(str(run["seed"]) for run in runs),

@@ -92,7 +92,8 @@ def measure(shape: Shape, batch_size: int, precision: str, arguments: argparse.N
     torch.manual_seed(0)
     torch.compiler.reset()  # two libraries share a frame, whose compiled entries of other shapes would reach the limit
     device, steps = arguments.device, {}
-    for name, build in PEERS.items():
+    for name in arguments.networks:
+        build = PEERS[name]
         steps[name] = training_step(build(shape), shape, batch_size, precision, device)
         if arguments.compile and name != "article 4":
             compiled = torch.compile(build(shape))
@@ -191,6 +192,7 @@ HEADER = ["shape", "precision", "network", "images/s", "GFLOP/s", "of peak", "ou
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="d192", help=f"names with commas: {', '.join(SHAPES)}")
+    parser.add_argument("--networks", default=",".join(PEERS), help=f"names with commas, {OURS} among them")
     parser.add_argument("--precisions", default="no,bf16", help="no (float32) and bf16, with commas")
     parser.add_argument("--batch_size", type=int, help="else 128 at 32 px, 16 at 224 px")
     parser.add_argument("--rounds", type=int, default=15)
@@ -199,7 +201,8 @@ def main():
     parser.add_argument("--threads", type=int, help="else torch's own choice")
     parser.add_argument("--output", help="a JSON file to keep the numbers in")
     arguments = parser.parse_args()
-    arguments.shapes, arguments.precisions = arguments.shapes.split(","), arguments.precisions.split(",")
+    for several in ("shapes", "networks", "precisions"):
+        setattr(arguments, several, getattr(arguments, several).split(","))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # as run_train.py does; it serves all of them

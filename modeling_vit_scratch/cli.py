@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": ("doctor.command:main", "finds what is wrong with a network or with images, and says how to mend it"),
     "attention": ("training.looking:attention", "draws where a network looks in images"),
     "summary": ("training.looking:summary", "prints the shapes, parameters and operations of a network's layers"),
+    "export": ("training.exporting:main", "writes images of a dataset as files, one folder a class"),
     "show-augmentation": ("training.showing:show_augmentation", "draws a grid of augmented images"),
     "show-parameters": ("training.showing:show_parameters", "prints every parameter with its rate and decay"),
 }

@@ -467,7 +467,7 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
         if source is not None and kwargs.get("state_dict") is None and drawn and not wants_loading_info:
             raise ValueError(
                 f"{source} does not fill the network: {len(drawn)} weights are missing or of another shape "
-                f"({', '.join(drawn[:3])}) and would be random. Another image_size: load_pretrained interpolates."
+                f"({', '.join(drawn[:3])}) and would be random. Another image_size needs the package installed."
             )
         return (model, info) if wants_loading_info else model
 

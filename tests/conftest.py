@@ -1,5 +1,6 @@
 """What several tests share: small sets of images, made on the spot. No test needs a network or a dataset on disk."""
 
+import csv
 import os
 from collections.abc import Iterator
 
@@ -94,3 +95,24 @@ def tokens() -> Iterator[list[tuple[bool, int]]]:
     hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
     yield found
     hook.remove()
+
+
+@pytest.fixture
+def colours(tmp_path):
+    """A maker of folders whose images are bright in the channels that their labels name, or in none."""
+
+    def make(name, count):
+        root, rng = tmp_path / name, np.random.default_rng(len(name))
+        root.mkdir()
+        with open(root / "metadata.csv", "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["file_name", "labels"])
+            for index in range(count):
+                bright = (index >> np.arange(3)) & 1
+                pixels = rng.integers(0, 60, (8, 8, 3)) + 180 * bright
+                Image.fromarray(pixels.astype(np.uint8)).save(root / f"{index}.png")
+                names = [label for label, on in zip(("red", "green", "blue"), bright, strict=True) if on]
+                table.writerow([f"{index}.png", "|".join(names)])
+        return root
+
+    return make

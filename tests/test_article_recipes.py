@@ -226,7 +226,8 @@ def test_article_1s_tokens_stay_where_they_start_and_all_else_moves():
     "bugs, overrides, message",
     [
         ("merged", {}, "No specimen 'merged'."),
-        ("positions_forgotten", {}, "No specimen 'positions_forgotten'.*Known: .*merged_without_transpose"),
+        ("layers_in_a_list", {}, "No specimen 'layers_in_a_list'.*Known: .*merged_without_transpose"),
+        ("positions_forgotten", {"position_embedding_type": "sincos2d"}, "needs .* position_embedding_type=learned"),
         ("", {}, "--specimen takes bugs, each once, got ''"),
         ("unscaled_attention,unscaled_attention", {}, "each once"),
         ("unscaled_attention,scaled_by_hidden_size", {}, "both change the same step of attention"),

@@ -78,6 +78,8 @@ def test_channels_may_come_first_or_last(shape, expected):
 def test_long_captions_are_broken_and_unwritable_words_replaced():
     assert caption_lines("cat 0.70 + dog 0.30") == "cat 0.70 + dog\n0.30"
     assert max(map(len, caption_lines("antidisestablishmentarianism 0.5").split("\n"))) <= 20
+    assert caption_lines("猫 0.70") == r"\u732b 0.70"  # as predict's grid and the maps of attention write it
+    assert caption_lines("猫" * 20).startswith(r"\u732b\u732b")
 
 
 def test_no_image_and_an_odd_shape_are_refused():

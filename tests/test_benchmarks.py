@@ -1,6 +1,8 @@
 """The README's numbers are those of the recorded runs."""
 
+import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import finetuning  # noqa: E402
+import gpu  # noqa: E402
 import results_table  # noqa: E402
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification  # noqa: E402
@@ -48,3 +51,18 @@ def test_the_table_of_fine_tuning_is_the_recorded_one():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert finetuning.with_recorded(readme) == readme
     assert finetuning.with_recorded(readme.replace("| head |", "| neck |")) == readme
+
+
+@pytest.mark.slow
+def test_what_a_gpu_is_asked_runs_on_the_cpu(parquet_repo, tmp_path):
+    data = parquet_repo(num_classes=10, size=(32, 32), row_group=50, train=[500], test=[40])
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), str(data), "--quick", "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + "".join(log.read_text() for log in tmp_path.glob("*.log"))
+    records = {
+        name: json.loads((tmp_path / part.output).read_text()) for name, part in gpu.PARTS.items() if part.output
+    }
+    assert {row["network"] for row in records["compiled"]["rows"]} >= {"ours", "ours (compiled)"}
+    assert all(
+        records[name]["recipe"] == name and records[name]["steps"] == 2 for name in ("cifar10_60s", "cifar10_5min")
+    )

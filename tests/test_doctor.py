@@ -163,6 +163,51 @@ def test_a_healthy_network_passes_clean(name):
     assert set(CHECKS) - passed - set(skip) <= {"dropout_modes", "layer_equivariance", "token_equivariance"}
 
 
+@pytest.mark.parametrize("num_labels", [2, 3])
+def test_few_classes_are_not_taken_for_an_activation_after_the_head(num_labels):
+    skip = set(CHECKS) - {"output_shape", "outputs_are_logits", "half_precision"}
+    for seed in range(30):
+        torch.manual_seed(seed)
+        findings = examined(HealthyViT(num_labels=num_labels), num_labels=num_labels, skip=skip)
+        assert failed(findings) == set(), seed
+    for activation in (nn.ReLU(), nn.Sigmoid(), nn.Softmax(dim=1)):
+        squashed = nn.Sequential(HealthyViT(num_labels=num_labels), activation)
+        assert "outputs_are_logits" in failed(examined(squashed, num_labels=num_labels, skip=skip))
+
+
+def test_images_normalised_inside_the_network_are_no_layer_norm():
+    network = nn.Sequential(torchvision.transforms.Normalize([0.5] * 3, [0.5] * 3), HealthyViT())
+    assert failed(examined(network, skip=LONGEST)) == set()
+
+
+def test_maps_of_attention_that_a_forward_leaves_are_no_hidden_parameters():
+    class Watched(HealthyViT):
+        def forward(self, images):
+            logits = super().forward(images)
+            self.last = logits * 1
+            return logits
+
+    for context in (torch.enable_grad(), torch.no_grad()):
+        network = Watched()
+        with context:
+            network(torch.zeros(1, 3, 16, 16))
+        assert failed(examined(network, skip=LONGEST)) == set()
+        network.table = torch.zeros(3)
+        assert failed(examined(network, skip=LONGEST)) == {"registered_parameters"}
+
+
+def test_the_matrix_of_the_patches_and_those_of_the_first_layer_are_no_pair():
+    network = ours("digits", patch_embedding="linear", pre_norm=False)
+    assert "nonlinearities" not in failed(examined(network, 8, num_channels=1, skip=LONGEST))
+
+
+def test_a_layer_that_gives_numbers_that_are_none_has_no_residual_connection():
+    network = HealthyViT()
+    network.layers[0].register_forward_hook(lambda part, args, output: output * math.nan)
+    finding = examined(network, skip=set(CHECKS) - {"residual_connections"})["residual_connections"]
+    assert not finding.passed
+
+
 def test_a_network_without_tokens_is_not_blamed_for_it():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 64, 10))

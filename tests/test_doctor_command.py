@@ -62,6 +62,30 @@ def test_a_bug_exits_with_1_and_says_how_to_mend_it(own, capsys):
     assert "  mend it: x.view(B, N, A, F).transpose(1, 2)" in out
 
 
+def test_a_file_is_run_once_so_that_its_classes_are_the_networks_own(tmp_path, capsys):
+    (tmp_path / "counted.py").write_text(
+        "import torch\nfrom modeling_vit_scratch.specimens import HealthyViT\n\nprint('run')\n\n"
+        "class Own(HealthyViT):\n    pass\n\n"
+        "def optimizer(network):\n    assert isinstance(network, Own)\n"
+        "    return torch.optim.SGD(network.parameters(), 0.1)\n"
+    )
+    file = tmp_path / "counted.py"
+    skip = ",".join(set(CHECKS) - {"output_shape", "one_optimizer_group_each"})
+    assert run(f"{file}:Own", "--image_size", 16, "--optimizer", f"{file}:optimizer", "--skip", skip) == 0
+    assert capsys.readouterr().out.count("run\n") == 1
+
+
+def test_images_that_are_not_square_are_given_as_height_and_width(tmp_path):
+    (tmp_path / "wide.py").write_text(
+        "from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification\n\ndef build():\n"
+        "    config = ViTScratchConfig.from_preset('nano', image_size=(16, 32), num_labels=10)\n"
+        "    return ViTScratchForImageClassification(config)\n"
+    )
+    skip = ",".join(set(CHECKS) - {"output_shape", "every_patch_counts"})
+    assert run(f"{tmp_path}/wide.py:build", "--image_size", "16,32", "--skip", skip) == 0
+    assert run(f"{tmp_path}/wide.py:build", "--image_size", "32,16", "--skip", skip) == 1
+
+
 def test_the_report_as_json_holds_every_finding(own, capsys):
     skip = ",".join(set(CHECKS) - {"one_optimizer_group_each"})
     flags = ("--image_size", 16, "--optimizer", f"{own}:only_the_head", "--skip", skip, "--format", "json")
@@ -101,8 +125,13 @@ def test_a_checkpoint_is_examined_past_its_first_loss(tmp_path, capsys):
         (("nano", "--image_size", 16), "--image_size goes with file.py:factory; nano says its own: leave it out."),
         (("nano", "--skip", "poolin"), "No check 'poolin'. Did you mean 'pooling'?"),
         (("nano", "--format", "xml"), "No --format 'xml'."),
-        (("{own}:healthy", "--image_size", "x"), "Argument --image_size: invalid int value: 'x'."),
+        (
+            ("{own}:healthy", "--image_size", "x"),
+            "Argument --image_size: pixels are one number or height,width, such as 32 or 32,48; got 'x'.",
+        ),
         (("{own}:healthy", "--image_size", 16, "--num_labels", 1), "num_labels must be at least 2, got 1"),
+        (("{own}:healthy", "--image_size", 16, "--num_labels", 0), "num_labels must be at least 2, got 0"),
+        (("{own}:healthy", "--image_size", 16, "--num_channels", 0), "got image_size (16, 16) and num_channels 0."),
         (("nano", "--optimizer", "{own}:number"), "called with the network, raised TypeError"),
     ],
 )

@@ -51,6 +51,27 @@ def test_a_resumed_run_agrees_with_the_uninterrupted_one(tmp_path):
     assert all(a["loss"] == pytest.approx(b["loss"], abs=2e-3) for a, b in pairs if "loss" in a)
 
 
+def test_a_resumed_run_is_the_same_bit_for_bit_with_deterministic_algorithms(tmp_path):
+    arguments = [
+        *DIGITS[:2],
+        "--max_steps",
+        60,
+        "--report_to",
+        "none",
+        "--save_steps",
+        20,
+        "--full_determinism",
+        "true",
+    ]
+    for name in ("whole", "broken"):
+        train(tmp_path / name, *arguments)
+    (tmp_path / "broken" / "results.json").unlink()
+    shutil.rmtree(tmp_path / "broken" / "checkpoints" / "step-000060")
+    train(tmp_path / "broken", *arguments)
+    whole, broken = (weights(tmp_path / name) for name in ("whole", "broken"))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
 def test_every_augmentation_and_both_image_sizes_run_compiled(parquet_repo, tmp_path):
     data = parquet_repo(num_classes=10, size=(32, 32), row_group=50, train=[200], test=[40])
     results = train(

@@ -1,5 +1,6 @@
 """Facts of the machine: launches that went wrong, and what one process meets alone."""
 
+import os
 from types import SimpleNamespace
 
 import psutil
@@ -9,6 +10,7 @@ import torch
 from modeling_vit_scratch.data import loading
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.training import machine
+from modeling_vit_scratch.training.recipes import Recipe
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,20 @@ def test_what_one_process_meets_alone_is_raised_in_all(monkeypatch):
             machine.first_on_each_node(accelerator, lambda rank=rank: act(rank))
     met[2] = None
     assert machine.first_on_each_node(accelerator, lambda: act(2)) == 2
+
+
+def test_deterministic_algorithms_are_for_gpus(monkeypatch):
+    recipe = Recipe(full_determinism=True)
+    with pytest.raises(
+        UserError, match="--full_determinism has no effect here: on a CPU every run gives the same bits"
+    ):
+        machine.refuse_precision(SimpleNamespace(device=torch.device("cpu"), mixed_precision="no"), recipe)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # a person's own choice stays
+    try:
+        machine.refuse_precision(SimpleNamespace(device=torch.device("cuda"), mixed_precision="no"), recipe)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_split_that_is_large_for_a_gpu_stays_in_main_memory(monkeypatch):

@@ -2,14 +2,11 @@
 
 import ast
 import contextlib
-import csv
 import io
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from test_run_train import run
 from transformers import pipeline
 
@@ -18,29 +15,9 @@ from modeling_vit_scratch.data.augmentation import Draws, Mixing
 from modeling_vit_scratch.data.sources import open_source
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.training.flags import parse_arguments
+from modeling_vit_scratch.training.loop import _positive_weights
 from modeling_vit_scratch.training.network import source_of
 from modeling_vit_scratch.training.showing import augmented_rows
-
-
-@pytest.fixture
-def colours(tmp_path):
-    """A maker of folders whose images are bright in the channels that their labels name, or in none."""
-
-    def make(name, count):
-        root, rng = tmp_path / name, np.random.default_rng(len(name))
-        root.mkdir()
-        with open(root / "metadata.csv", "w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["file_name", "labels"])
-            for index in range(count):
-                bright = (index >> np.arange(3)) & 1
-                pixels = rng.integers(0, 60, (8, 8, 3)) + 180 * bright
-                Image.fromarray(pixels.astype(np.uint8)).save(root / f"{index}.png")
-                names = [label for label, on in zip(("red", "green", "blue"), bright, strict=True) if on]
-                table.writerow([f"{index}.png", "|".join(names)])
-        return root
-
-    return make
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
@@ -67,6 +44,22 @@ def test_every_label_of_an_image_is_learned(colours, tmp_path, streaming):
     with contextlib.redirect_stdout(output):
         exec(code.replace("picture.jpg", str(tmp_path / "test" / "5.png")), {})
     assert set(ast.literal_eval(output.getvalue())) == {"red", "blue"}
+
+
+def test_balanced_weights_make_a_class_weigh_as_much_as_its_absence(colours, tmp_path):
+    root = colours("train", 60)
+    source = open_source(train_dir=str(root), train_val_split=0.0)
+    sets = source.label_sets_of("train")
+    weights = _positive_weights(source)
+    for index in range(3):
+        present = sum(index in ids for ids in sets)
+        assert weights[index].item() * present == pytest.approx(60 - present)
+    flags = ["--train_dir", root, "--recipe", "cifar10", "--train_val_split", 0, "--max_steps", 2]
+    run(tmp_path / "run", *flags, "--class_weights", "balanced")
+    with pytest.raises(
+        UserError, match="--balanced_sampler has no effect here: .* --class_weights balanced works there"
+    ):
+        run(tmp_path / "other", *flags, "--balanced_sampler", "true")
 
 
 def test_augmented_images_of_several_labels_are_drawn_with_their_names(colours, tmp_path, capsys):

@@ -27,6 +27,14 @@ def test_single_label_training_lowers_torchs_cross_entropy():
     )
 
 
+def test_classes_weigh_as_much_where_they_are_as_where_they_are_not():
+    targets = torch.nn.functional.one_hot(IDS, 7).float()
+    weights = (40 - targets.sum(0)) / targets.sum(0)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(LOGITS, targets, reduction="none")
+    expected = (losses * torch.where(targets > 0, weights, 1.0)).sum() / 7
+    assert MultiLabel(7, positive_weights=weights).loss_sum(LOGITS, targets).item() == pytest.approx(expected.item())
+
+
 MIXED = (0.7 * torch.nn.functional.one_hot(IDS, 7) + 0.3 * torch.nn.functional.one_hot(IDS.flip(0), 7)).float()
 
 

@@ -162,6 +162,17 @@ def tar_of_one() -> bytes:
     return held.getvalue()
 
 
+def files_by_class(**counts: int) -> dict[str, bytes]:
+    """PNGs in a folder a class, a split each, as the Hub keeps folders of images."""
+    files = {}
+    for split, count in counts.items():
+        for index, image in enumerate(make_images(count, seed=count)):
+            held = io.BytesIO()
+            image.save(held, format="PNG")
+            files[f"{split}/{('cat', 'dog', 'emu')[index % 3]}/{index}.png"] = held.getvalue()
+    return files
+
+
 @pytest.fixture(scope="module")
 def hub_runs(tmp_path_factory):
     """(outcome of each run by name, folder of their outputs, the stand-in, the token that may read me/gated)."""
@@ -175,6 +186,7 @@ def hub_runs(tmp_path_factory):
             hub.add("datasets", f"me/{name}", root, **access)
         hub.add("datasets", "me/stale", {**hub.repositories["datasets", "me/plain"].files, "README.md": card(80)})
         hub.add("datasets", "me/tars", {"train-0000.tar": tar_of_one()})
+        hub.add("datasets", "me/files", files_by_class(train=12, test=6))
         broken = hub.add("datasets", "me/broken", root)
         shard = "data/train-00001-of-00002.parquet"
         content = bytearray(broken.files[shard])
@@ -204,6 +216,8 @@ def hub_runs(tmp_path_factory):
             "away": (flags("away", "me/away", *short), None),
             "broken": (flags("broken", "me/broken", *short), None),
             "stale": (flags("stale", "me/stale", *short), None),
+            "files": (flags("files", "me/files", *short, streamed=False), None),
+            "files, streamed": (flags("0", "me/files", *short), None),
             "tars": (flags("tars", "me/tars", *short), None),
             "gated, no token": (flags("1", "me/gated", *short), None),
             "gated, terms not accepted": (flags("2", "me/gated", *short), other),
@@ -282,11 +296,19 @@ def test_a_broken_shard_on_the_hub_is_not_asked_for_again(hub_runs):
         ("gated, wrong token", "The Hub refuses this token for me/gated: it is mistyped, expired or revoked."),
         ("private, no token", "No dataset 'me/private' on the Hub (or it is private: `hf auth login`)."),
         ("private, another's token", "(or it is private, and this token's account may not read it)"),
+        ("files, streamed", "me/files is stored as single files; --streaming true reads parquet and webdataset."),
         ("tars", "Fetch it first (hf download me/tars --repo-type dataset --local-dir FOLDER"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(hub_runs, name, message):
     assert message in only_error(hub_runs[0][name])
+
+
+def test_a_folder_of_images_on_the_hub_trains(hub_runs):
+    outcomes, folder, *_ = hub_runs
+    assert outcomes["files"]["code"] == 0, outcomes["files"]
+    results = json.loads((folder / "files" / "results.json").read_text())
+    assert results["class_names"] == ["cat", "dog", "emu"] and results["dataset"]["splits"] == {"train": 12, "test": 6}
 
 
 def test_a_right_token_reads_gated_and_private_data_and_is_written_nowhere(hub_runs):

@@ -17,7 +17,7 @@ from PIL import Image
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.results import record
 from modeling_vit_scratch.results.model_card import markdown, write_model_card
-from modeling_vit_scratch.results.plots import plot_label, running_mean, write_plots
+from modeling_vit_scratch.results.plots import LIGHT, curves_figure, plot_label, running_mean, write_plots
 from modeling_vit_scratch.results.report import heading, write_report
 
 CLASSES = ["<script>alert(1)</script>", "猫", "$x_1^2", "a | b [c](d) `e`"]
@@ -233,6 +233,30 @@ def test_a_loss_that_rises_while_accuracy_does_not_fall_is_said(tmp_path: Path):
     rows = training_rows() + evaluation_rows([1.0, 0.5, 0.6, 0.8], [0.5, 0.7, 0.72, 0.75])
     run = record.read_run(write_run(tmp_path / "run", a_results(), rows, A_RECIPE))
     assert "rose to 0.800 at step 120, while the validation accuracy did not fall (70.00%, then 75.00%)" in heading(run)
+
+
+def test_a_run_with_several_labels_speaks_of_exact_matches_alone(tmp_path: Path):
+    for accuracies in ([0.5, 0.7, 0.7, 0.69], [0.5, 0.7, 0.72, 0.75]):
+        rows = training_rows() + evaluation_rows([1.0, 0.5, 0.6, 0.8], accuracies)
+        run_dir = write_run(tmp_path / str(accuracies[-1]), a_results(is_multi_label=True), rows, A_RECIPE)
+        page = Page(write_report(run_dir).read_text()).text
+        assert "while the validation exact match did not" in page
+        assert "accuracy" not in page.lower().replace("test_accuracy", "")
+
+
+def test_a_class_without_images_has_no_recall(tmp_path: Path):
+    results = a_results()
+    results["per_class"]["test"][0] |= {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+    page = write_report(write_run(tmp_path / "run", results, training_rows(), A_RECIPE)).read_text()
+    row = page[page.index('<section id="classes"') :].partition("<tbody>")[2].partition("</tr>")[0]
+    assert row.count("0.0%") == 2 and row.count("–") == 2  # precision, its bar; recall and F1
+
+
+def test_the_rate_of_a_run_with_one_logged_step_is_seen(tmp_path: Path):
+    rows = [{"step": 1, "loss": 1.0, "learning_rate": 1e-3}]
+    run = record.read_run(write_run(tmp_path / "run", a_results(), rows, A_RECIPE))
+    axes = {panel.get_title(loc="left"): panel for panel in curves_figure(run, LIGHT).axes}
+    assert axes["Learning rate"].lines[0].get_marker() == axes["Loss"].lines[0].get_marker() == "o"
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,17 @@ def test_a_class_or_split_left_without_images_is_an_error_that_names_it(image_fo
         run(tmp_path / "run", *common)
 
 
+def test_a_split_of_which_too_much_is_bad_stops_the_run_unless_it_is_allowed(image_folder, tmp_path):
+    train, _, arguments = photos(image_folder, "photos")
+    broken(train, *(f"dog/{index}.png" for index in range(6)))
+    common = [*FOLDER, *arguments, "--bad_images", "skip"]
+    with pytest.raises(UserError, match=r"leave out 24% of the train split, 6 of 25 images .*--max_bad_images 0.24\."):
+        run(tmp_path / "run", *common)
+    assert run(tmp_path / "run", *common, "--max_bad_images", 0.24)["bad_images"]["train"] == 6
+    with pytest.raises(UserError, match="--max_bad_images has no effect here: it goes with --bad_images skip"):
+        run(tmp_path / "other", *FOLDER, *arguments, "--max_bad_images", 0.5)
+
+
 def test_the_digits_have_no_files_to_skip(tmp_path):
     with pytest.raises(UserError, match="--bad_images has no effect here: digits are numbers, not image files"):
         run(tmp_path / "run", "--max_steps", 1, "--bad_images", "skip")

@@ -140,6 +140,21 @@ def test_columns_are_what_the_card_says_where_the_files_do_not(tmp_path, streami
     assert source.class_names == ["cat", "dog"] and source.label_ids_of("train").tolist() == [0, 1, 0, 1, 0, 1]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_choice_among_columns_of_labels_is_told(tmp_path, streaming):
+    features = datasets.Features({"img": datasets.Image()} | {
+        name: datasets.ClassLabel(names=["a", "b"]) for name in ("coarse_label", "fine_label")
+    })  # fmt: skip
+    columns = {"img": make_images(20), "coarse_label": [0, 1] * 10, "fine_label": [1, 0] * 10}
+    (tmp_path / "data").mkdir()
+    table = datasets.Dataset.from_dict(columns, features=features)
+    table.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    flags = {"dataset_name": str(tmp_path), "streaming": streaming, "train_val_split": 0.0}
+    (note,) = open_source(**flags).notes
+    assert note == "The labels are those of the column fine_label; coarse_label would do too (--label_column_name)."
+    assert not open_source(**flags, label_column_name="coarse_label").notes
+
+
 def test_webdataset_folders_are_streamed(tmp_path):
     for shard in range(2):
         with tarfile.open(tmp_path / f"train-{shard:04d}.tar", "w") as archive:

@@ -151,8 +151,13 @@ def test_as_many_classes_as_there_are_keep_another_librarys_head_and_its_names(t
 def test_from_pretrained_never_leaves_a_weight_to_chance(checkpoint):
     model, info = ViTScratchForImageClassification.from_pretrained(checkpoint, output_loading_info=True)
     assert not info["missing_keys"] and model.dtype == torch.bfloat16
+    larger = ViTScratchForImageClassification.from_pretrained(checkpoint, image_size=16)  # interpolates the positions
+    expected, _ = load_pretrained(str(checkpoint), image_size=16)
+    assert all(
+        torch.equal(mine, theirs) for mine, theirs in zip(larger.parameters(), expected.parameters(), strict=True)
+    )
     with pytest.raises(ValueError, match=r"position_embeddings\) and would be random"):
-        ViTScratchForImageClassification.from_pretrained(checkpoint, image_size=16, ignore_mismatched_sizes=True)
+        ViTScratchForImageClassification.from_pretrained(checkpoint, patch_size=2, ignore_mismatched_sizes=True)
     more = ViTScratchForImageClassification.from_pretrained(checkpoint, num_labels=5, ignore_mismatched_sizes=True)
     assert more.classifier.out.out_features == 5
     rewrite(checkpoint, lambda tensors: tensors.pop("vit.layers.1.mlp.fc1.bias"))

@@ -101,9 +101,9 @@ class ResidentImages:
 
 
 class RowReader:
-    """Reads and decodes single rows of a split, by their number over all its shards."""
+    """Reads and decodes single rows of a split, by their number over all its shards; without a decoder, reads alone."""
 
-    def __init__(self, source: Source, split: Split, decoder: Decoder):
+    def __init__(self, source: Source, split: Split, decoder: Decoder | None = None):
         self.source, self.split, self.decoder = source, split, decoder
         self.ends = np.cumsum(split.shard_sizes)
 

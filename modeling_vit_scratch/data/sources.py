@@ -4,7 +4,6 @@
 """
 
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,12 +132,13 @@ def _open_table(
     builder = load_builder(location, config_name)
     files = {str(split): list(urls) for split, urls in builder.config.data_files.items()}
     kind = type(builder).__module__.rpartition(".")[2]
-    if kind.endswith("folder"):
+    if kind.endswith("folder") and os.path.isdir(location):
         raise UserError(f"--dataset_name {dataset_name} is a folder of images: name it with --train_dir instead.")
     theirs = {ours: _split_name(ours, row, list(files)) for ours in SPLIT_NAMES}
     used = {ours: split for ours, split in theirs.items() if split is not None}
     if (theirs["train"] is None and needs_training) or not used:
         raise UserError(f"{dataset_name} has no training split; it has: {', '.join(files)}.")
+    is_told = (label_column or row.label_column) is not None
     first = next(iter(used))  # training's, where there is one, tells the types of columns
     image_column, label_column = image_column or row.image_column, label_column or row.label_column
 
@@ -160,7 +160,8 @@ def _open_table(
     elif streaming:
         if kind != "parquet":
             raise UserError(
-                f"{dataset_name} is stored as {kind}; --streaming true reads parquet and webdataset. "
+                f"{dataset_name} is stored as {'single files' if kind.endswith('folder') else kind}; --streaming true "
+                "reads parquet and webdataset. "
                 "Use --streaming false, or a copy in parquet."
             )
         with hub_errors(str(dataset_name)), quiet_hub():
@@ -182,10 +183,21 @@ def _open_table(
     class_names, label_ids = _classes(feature.feature if is_multi_label else feature, ruling, is_multi_label)
     splits = {ours: Split(found) for ours, found in examples.items()}
     repository = None if os.path.isdir(location) else location
+    notes = [] if is_told else _other_labels(features, columns[1])
     return Source(
         str(dataset_name), splits, class_names, label_ids, streaming,
-        repository=repository, is_multi_label=is_multi_label,
+        repository=repository, is_multi_label=is_multi_label, notes=notes,
     )  # fmt: skip
+
+
+def _other_labels(features: datasets.Features, label_column: str) -> list[str]:
+    """A note where other columns hold classes too."""
+    others = [name for name, feature in features.items() if name != label_column and _has_classes(feature)]
+    if not others:
+        return []
+    return [
+        f"The labels are those of the column {label_column}; {', '.join(others)} would do too (--label_column_name)."
+    ]
 
 
 def _locate(dataset_name: str | None) -> tuple[DatasetRow, str]:
@@ -247,9 +259,8 @@ def find_columns(
             raise UserError(f"{name} has {found}: name it with --image_column_name. It has: {listing}.")
         image_column = images[0]
     if label_column is None:
-        kinds = {column: _kind(feature) for column, feature in features.items()}
-        labels = [column for column, kind in kinds.items() if re.fullmatch(r"\d+ classes", kind)]
-        labels = labels or [column for column, kind in kinds.items() if re.fullmatch(r"list of \d+ classes", kind)]
+        labels = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        labels = labels or [column for column, feature in features.items() if _has_classes(feature)]
         if len(labels) != 1:
             known = [column for column in LABEL_COLUMNS if column in features]
             if not known:
@@ -258,6 +269,11 @@ def find_columns(
             labels = known
         label_column = labels[0]
     return image_column, label_column
+
+
+def _has_classes(feature: Any) -> bool:
+    """Whether a column holds one of named classes a row, or a list of them."""
+    return isinstance(feature.feature if isinstance(feature, LISTS) else feature, datasets.ClassLabel)
 
 
 def _kind(feature: Any) -> str:

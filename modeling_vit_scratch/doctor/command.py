@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -65,7 +66,12 @@ def build_parser() -> Parser:
         nargs="?",
         help="file.py:factory, where factory() gives an nn.Module; a preset; or a folder or Hub name of a checkpoint",
     )
-    parser.add_argument("--image_size", metavar="PIXELS", type=int, help="side of the images of file.py:factory")
+    parser.add_argument(
+        "--image_size",
+        metavar="PIXELS",
+        type=_sides,
+        help="of file.py:factory: the side, or the height and width as 32,48",
+    )
     parser.add_argument("--num_labels", metavar="INT", type=int, help="of file.py:factory [10]")
     parser.add_argument("--num_channels", metavar="INT", type=int, help="of file.py:factory [3]")
     parser.add_argument(
@@ -90,6 +96,14 @@ def build_parser() -> Parser:
         images.add_argument(f"--{name}", metavar="NAME", help=FIELDS[name].metadata["help"])
     images.add_argument("--cpu_threads", metavar="INT", type=int, help="threads that decode; else one a core")
     return parser
+
+
+def _sides(text: str) -> tuple[int, int]:
+    """(height, width) of "32" or "32,48"."""
+    words = text.split(",")
+    if len(words) > 2 or not all(word.strip().isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"pixels are one number or height,width, such as 32 or 32,48; got {text!r}")
+    return int(words[0]), int(words[-1])
 
 
 def _run(arguments: list[str]) -> int:
@@ -182,11 +196,14 @@ def _splits_in(root: str) -> dict[str, str]:
 
 
 def _findings(flags: argparse.Namespace, skip: list[str]) -> list[Finding]:
+    files: dict[Path, ModuleType] = {}  # a class of a file that is run twice is two classes
     if ".py:" in flags.network:
         if flags.image_size is None:
-            raise UserError("--image_size is needed with file.py:factory: the side in pixels, such as 32.")
-        module = _from_file(flags.network, "network", nn.Module)
-        sizes = (flags.image_size, flags.num_labels or DEFAULT_LABELS, flags.num_channels or DEFAULT_CHANNELS)
+            raise UserError("--image_size is needed with file.py:factory: pixels, such as 32, or height,width.")
+        module = _from_file(flags.network, "network", nn.Module, files)
+        num_labels = DEFAULT_LABELS if flags.num_labels is None else flags.num_labels
+        num_channels = DEFAULT_CHANNELS if flags.num_channels is None else flags.num_channels
+        sizes = (flags.image_size, num_labels, num_channels)
         optimizer = None
     else:
         module = _own_network(flags)
@@ -197,7 +214,7 @@ def _findings(flags: argparse.Namespace, skip: list[str]) -> list[Finding]:
         if flags.network not in PRESETS:
             skip = [*skip, *TRAINED]
     if flags.optimizer is not None:
-        optimizer = _from_file(flags.optimizer, "optimizer", torch.optim.Optimizer, module)
+        optimizer = _from_file(flags.optimizer, "optimizer", torch.optim.Optimizer, files, module)
     return examine(module, *sizes, optimizer=optimizer, skip=skip)
 
 
@@ -218,18 +235,19 @@ def _own_network(flags: argparse.Namespace) -> ViTScratchForImageClassification:
     return network
 
 
-def _from_file(place: str, what: str, kind: type[Made], *arguments: Any) -> Made:
-    """What the function of file.py:function gives for these arguments. Raises UserError where that is no `kind`."""
+def _from_file(place: str, what: str, kind: type[Made], files: dict[Path, ModuleType], *arguments: Any) -> Made:
+    """What the function of file.py:function gives for these arguments. Raises UserError where that is no `kind`.
+
+    files: the modules of those that have run, by path.
+    """
     file, _, name = place.rpartition(":")
     path = Path(file).expanduser()
     if not file.endswith(".py") or not path.is_file():
         raise UserError(f"{place}: expected file.py:function, and there is no file {file or place!r}.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent))  # as `python file.py` does, for what stands beside it
     try:
-        sys.modules.setdefault(path.stem, module)
-        spec.loader.exec_module(module)
+        module = files.get(path.resolve()) or _run_file(path)
+        files[path.resolve()] = module
         function = getattr(module, name, None)
         if not callable(function):
             raise unknown(f"function in {file}", name, [key for key in vars(module) if not key.startswith("_")])
@@ -244,3 +262,11 @@ def _from_file(place: str, what: str, kind: type[Made], *arguments: Any) -> Made
     if not isinstance(made, kind):
         raise UserError(f"{place} must give the {what}, a {kind.__name__}; it gave {type(made).__name__}.")
     return made
+
+
+def _run_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module

@@ -56,12 +56,13 @@ class Seen:
     split: str
     name: str
     classes: tuple[str, ...]
+    is_known: bool  # its label is one of a class, or of none where an image may have none
     facts: Looked
 
 
 @dataclass
 class Images:
-    """Every image of a source, looked at once. bad: by split. strangers: what is wrong with labels of no class."""
+    """Every image of a source, looked at once. strangers: what is wrong with labels of no class."""
 
     source: Source
     scans: dict[str, Scan] = field(default_factory=dict)
@@ -135,12 +136,13 @@ def look_at_all(source: Source, num_threads: int) -> Images:
                     scan.add(shard, row, example, look)
                     classes = _classes(images, example)
                     if isinstance(look, Looked):
-                        images.seen.append(Seen(name, example.name, classes, look))
+                        images.seen.append(Seen(name, example.name, classes or (), classes is not None, look))
                 bar.update(len(block))
     return images
 
 
-def _classes(images: Images, example: Example) -> tuple[str, ...]:
+def _classes(images: Images, example: Example) -> tuple[str, ...] | None:
+    """The names of its classes; None, and a line among the strangers, for a label of no class."""
     source = images.source
     try:
         if source.is_multi_label:
@@ -149,7 +151,7 @@ def _classes(images: Images, example: Example) -> tuple[str, ...]:
             ids = (source.label_id(example.label, example.name),)
     except UserError as error:
         images.strangers.append(str(error))
-        return ()
+        return None
     return tuple(source.class_names[index] for index in ids)
 
 
@@ -259,7 +261,7 @@ def proportions(images: Images) -> Verdict:
         f"at most {MOST_ELONGATED:g}",
         f"{len(long):,} of them: "
         + some((f"{shown(i.name)} ({i.facts.size[0]} x {i.facts.size[1]})" for i, _ in long), NUM_NAMED),
-        "cut or pad them: evaluation sees the central square alone",
+        "cut or pad them: evaluation sees the central square only, or squashes the whole where a checkpoint does so",
     )
 
 
@@ -312,8 +314,8 @@ def no_leaks(images: Images) -> Verdict:
 
 
 def one_label_each(images: Images) -> Verdict:
-    """No picture has two labels."""
-    groups = [group for group in images.copies() if len({image.classes for image in group}) > 1]
+    """No picture has two labels. Labels of no class are known_labels' to name."""
+    groups = [group for group in images.copies() if len({image.classes for image in group if image.is_known}) > 1]
     return Verdict(
         not groups,
         f"{len(groups):,} with copies under other labels",

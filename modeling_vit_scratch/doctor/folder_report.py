@@ -11,7 +11,8 @@ from typing import Any
 from ..data.listing import some
 from ..results.record import printable
 from ..results.text_table import text_table
-from ..training.recipes import RECIPES
+from ..training.bad_images import enough_for
+from ..training.recipes import RECIPES, Recipe
 from .findings import Finding, report
 from .folder import Images
 
@@ -82,14 +83,18 @@ def suggestion(images: Images, findings: Sequence[Finding], data_flags: Sequence
     flags, reason = _length_and_size(images, data_flags)
     if images.bad:
         flags += ["--bad_images", "skip"]
-    if "even_classes" in failed and not images.source.is_multi_label:
+        share = max(len(scan.bad) / scan.num_images for scan in images.scans.values() if scan.num_images)
+        if share > Recipe.max_bad_images:
+            flags += ["--max_bad_images", f"{enough_for(share):g}"]
+    if "even_classes" in failed:
         flags += ["--class_weights", "balanced"]
     return flags, reason
 
 
 def _length_and_size(images: Images, data_flags: Sequence[str]) -> tuple[list[str], str]:
-    if list(data_flags[:1]) == ["--dataset_name"] and data_flags[1] in RECIPES:
-        return ["--recipe", data_flags[1]], "this set has a recipe of its own"
+    name = data_flags[1] if list(data_flags[:1]) == ["--dataset_name"] else None
+    if name in RECIPES and RECIPES[name].dataset_name == name:
+        return ["--recipe", name, *data_flags[2:]], "this set has a recipe of its own"
     count = sum(image.split == "train" for image in images.seen)
     side = median(images.shorter_sides())
     batch = ["--train_batch_size", str(_batch_size(count))]

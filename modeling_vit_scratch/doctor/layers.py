@@ -3,13 +3,14 @@
 import torch
 from torch import nn
 
+from ..data.listing import some
 from .anatomy import Call, recording, tensors_in
 from .findings import NotApplicable, Verdict
-from .learning import one_line, shortened
+from .learning import one_line
 from .subject import Subject, relative_change
 
 MOST_GROWTH = 30.0  # of activations and gradients over the whole depth; healthy starts stay below 8
-HALF_TOLERANCE = 0.1  # of the logits' spread; bfloat16 has 8 bits: 0.4 % an operation
+HALF_TOLERANCE = 0.1  # of the logits' root mean square; bfloat16 has 8 bits: 0.4 % an operation
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -24,11 +25,12 @@ def residual_connections(subject: Subject) -> Verdict:
             if id(parameter) not in norms:
                 parameter.zero_()
         agreement = _agreement(layer.tokens, layer.again(layer.tokens))
-        if agreement < worst:
+        if not agreement >= worst:  # nor is NaN
             worst, where = agreement, layer.name
+    is_passed = worst > 0.5  # it is 0 where a residual connection is missing
     return Verdict(
-        worst > 0.5,  # it is 0 where a residual connection is missing
-        f"correlation {worst:.2f} of what goes in and out" + (f" ({where})" if worst < 0.5 else ""),
+        is_passed,
+        f"correlation {worst:.2f} of what goes in and out" + ("" if is_passed else f" ({where})"),
         "near 1, with the layer's matrices at zero",
         "a branch replaces its input instead of being added to it",
         "x = x + attention(norm(x)), then x = x + mlp(norm(x))",
@@ -54,7 +56,9 @@ def _is_norm(module: nn.Module) -> bool:
 @torch.no_grad()
 def normalisation(subject: Subject) -> Verdict:
     """A LayerNorm gives x and a x + c the same output, with another a > 0 and c for every token; an RMSNorm, a x."""
-    norms = [call for call in subject.anatomy.calls if _is_norm(call.module) and _is_tested(call)]
+    images = subject.anatomy.images.shape  # what normalises those is no norm of tokens
+    calls = [call for call in subject.anatomy.calls if _is_norm(call.module) and _is_tested(call)]
+    norms = [call for call in calls if call.tokens.shape != images]
     if not norms:
         raise NotApplicable("no module called a norm that works on the last axis was seen")
     generator = torch.Generator().manual_seed(4)
@@ -116,7 +120,7 @@ def nonlinearities(subject: Subject) -> Verdict:
         )
     return Verdict(
         not late,
-        f"{shortened(late)} can hardly be negative" if late else f"{len(linears)} matrices",
+        f"{some(late, 3)} can hardly be negative" if late else f"{len(linears)} matrices",
         "an activation between two matrices, none after the last",
         "an activation stands after the last matrix of a branch, so that it can add but not subtract",
         "end the branch with its matrix (and dropout)",
@@ -126,14 +130,18 @@ def nonlinearities(subject: Subject) -> Verdict:
 def _pairs(subject: Subject) -> list[tuple[str, str]]:
     """Names of matrices whose output is the next one's input; views and dropout in eval mode keep the memory.
 
-    A bottleneck, narrower than what lies on both sides, is a low-rank matrix on purpose.
+    A bottleneck, narrower than what lies on both sides, is a low-rank matrix on purpose. Between the embedding's matrix
+    and a layer's stands the residual stream, which both belong to.
     """
+    inside = [f"{layer.name}." for layer in subject.anatomy.layers]
+    layer_of = lambda name: next((prefix for prefix in inside if name.startswith(prefix)), None)  # noqa: E731
     made: dict[tuple[int, int], tuple[str, nn.Linear]] = {}
     pairs, kept = [], []
 
     def before(module, args):
         maker = made.get(_memory(args[0]))
-        if maker is not None and module.in_features >= min(maker[1].in_features, module.out_features):
+        is_pair = maker is not None and layer_of(maker[0]) == layer_of(names[module])
+        if is_pair and module.in_features >= min(maker[1].in_features, module.out_features):
             pairs.append((maker[0], names[module]))
 
     def after(module, args, output):
@@ -187,9 +195,9 @@ def dropout_modes(subject: Subject) -> Verdict:
     if not dropouts and in_training:
         raise NotApplicable("no dropout above 0 was found, and training mode is not random")
     if unused:
-        cause = f"{shortened(unused)} is built and never called: the rate that was asked for has no effect"
+        cause = f"{some(unused, 3)} is built and never called: the rate that was asked for has no effect"
         return Verdict(
-            False, f"never called: {shortened(unused)}", expected, cause, "call it in forward, or leave it out"
+            False, f"never called: {some(unused, 3)}", expected, cause, "call it in forward, or leave it out"
         )
     cause = "dropout is built and does nothing in training mode: train() does not reach it, or training=False is passed"
     return Verdict(
@@ -282,12 +290,16 @@ def gradient_growth(subject: Subject) -> Verdict:
 
 @torch.no_grad()
 def half_precision(subject: Subject) -> Verdict:
-    """Under autocast, bfloat16 gives nearly the logits of float32, and float16 gives finite ones."""
-    module, images = subject.varied(), subject.images(2)
+    """Under autocast, bfloat16 gives nearly the logits of float32, and float16 gives finite ones.
+
+    The scale is their root mean square: the logits of few classes may hardly differ from image to image.
+    """
+    module, images = subject.varied(), subject.images(8)
     full = subject.logits(module, images)
+    size = max(full.pow(2).mean().sqrt().item(), 1e-12)
     remedy = "normalise, scale scores by the head's width, keep sums and softmax in float32, and mask with -inf"
     cause = "numbers on the way are too large, or differ too little, for half precision"
-    expected = f"below {HALF_TOLERANCE} of the logits' spread"
+    expected = f"below {HALF_TOLERANCE} of the logits' size"
     changes = {}
     for dtype in (torch.bfloat16, torch.float16):
         try:
@@ -295,7 +307,7 @@ def half_precision(subject: Subject) -> Verdict:
                 half = subject.logits(module, images).float()
         except Exception as error:
             return Verdict(False, f"{dtype} raised {one_line(error)}", expected, cause, remedy)
-        changes[dtype] = relative_change(half, full) if half.isfinite().all() else float("inf")
+        changes[dtype] = (half - full).abs().max().item() / size if half.isfinite().all() else float("inf")
     worst = max(changes.values())
     measured = ", ".join(f"{str(dtype).partition('.')[2]} {change:.2g}" for dtype, change in changes.items())
     return Verdict(worst < HALF_TOLERANCE, measured, expected, cause, remedy)

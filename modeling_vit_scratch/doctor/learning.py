@@ -3,16 +3,19 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..data.listing import some
 from .anatomy import tensors_in
 from .findings import NotApplicable, Verdict
 from .subject import Subject
 
 FIRST_LOSS_ABOVE, FIRST_LOSS_BELOW = 1.5, 0.5  # a Xavier head on normalised tokens starts about 1 above ln(K)
+NUM_DRAWS = 8  # of the weights, in which outputs of one sign are an activation's and no accident
 MEMORISED_IMAGES, MEMORISED_SHARE = 8, 0.1
 FEW_STEPS, MANY_STEPS = 40, 150  # above a million parameters, which learn in fewer, and below
 LARGEST_MEMORISING = 6.5e6 * 64 * 64  # parameters times pixels: about half a minute on one core
@@ -49,12 +52,15 @@ def one_line(error: BaseException) -> str:
 
 
 def outputs_are_logits(subject: Subject) -> Verdict:
-    """Outputs take both signs and do not sum to one: nothing stands after the head."""
+    """Outputs take both signs and do not sum to one: nothing stands after the head.
+
+    In one draw of the weights the logits of two classes may all be positive, for they differ little between images.
+    """
     with torch.no_grad():
-        logits = subject.logits(subject.varied(), subject.images(7))
-    sums = logits.sum(dim=1)
+        draws = [subject.logits(subject.varied(seed), subject.images(7)) for seed in range(1, NUM_DRAWS + 1)]
+    logits = torch.cat(draws)
     negative = (logits < 0).float().mean().item()
-    are_probabilities = negative == 0 and (sums - 1).abs().max().item() < 1e-3
+    are_probabilities = negative == 0 and (logits.sum(dim=1) - 1).abs().max().item() < 1e-3
     measured = f"{negative:.0%} negative" + (", each row sums to 1" if are_probabilities else "")
     return Verdict(
         negative > 0,
@@ -133,9 +139,9 @@ def gradients_reach_all_parameters(subject: Subject) -> Verdict:
     reached = f"{len(named) - len(without)} of {len(named)} tensors" + (f", {frozen} more frozen" if frozen else "")
     return Verdict(
         not without,
-        reached + (f"; none: {shortened(without)}" if without else ""),
+        reached + (f"; none: {some(without, 3)}" if without else ""),
         "all of them",
-        f"{shortened(without)} do not touch the loss: a .detach(), .data, torch.no_grad() or numpy on the way, or a "
+        f"{some(without, 3)} do not touch the loss: a .detach(), .data, torch.no_grad() or numpy on the way, or a "
         "module that is built and not called",
         "take that out of the forward, or delete the parameter",
     )
@@ -150,8 +156,8 @@ def one_optimizer_group_each(subject: Subject) -> Verdict:
     missing = [name for name, value in named.items() if value.requires_grad and not held[id(value)]]
     twice = [name for name, value in named.items() if held[id(value)] > 1]
     strangers = len(set(held) - {id(value) for value in subject.module.parameters()})
-    parts = [f"in no group: {shortened(missing)}"] if missing else []
-    parts += [f"in several: {shortened(twice)}"] if twice else []
+    parts = [f"in no group: {some(missing, 3)}"] if missing else []
+    parts += [f"in several: {some(twice, 3)}"] if twice else []
     parts += [f"{strangers} tensors that are not the network's"] if strangers else []
     return Verdict(
         not parts,
@@ -164,25 +170,39 @@ def one_optimizer_group_each(subject: Subject) -> Verdict:
 
 
 def registered_parameters(subject: Subject) -> Verdict:
-    """No tensor of numbers and no module hides in a plain attribute, a list or a dict."""
+    """No tensor of numbers and no module hides in a plain attribute, a list or a dict; what a forward leaves may."""
     known = {id(tensor) for tensor in (*subject.module.parameters(), *subject.module.buffers())}
     modules = set(subject.module.modules())
+    left = _left_by_a_forward(subject)
     hidden = []
-    for name, module in subject.module.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute.startswith("_") or attribute == "training":
-                continue
-            if any(tensor.is_floating_point() and id(tensor) not in known for tensor in tensors_in(value)) or any(
-                part not in modules for part in _modules_in(value)
-            ):
-                hidden.append(f"{name}.{attribute}" if name else attribute)
+    for name, value in _plain_attributes(subject.module):
+        tensors = [tensor for tensor in tensors_in(value) if tensor.is_floating_point() and id(tensor) not in known]
+        if (tensors and name not in left) or any(part not in modules for part in _modules_in(value)):
+            hidden.append(name)
     return Verdict(
         not hidden,
-        f"hidden: {shortened(hidden)}" if hidden else "nothing hidden",
+        f"hidden: {some(hidden, 3)}" if hidden else "nothing hidden",
         "no tensor or module in plain attributes",
-        f"{shortened(hidden)} is a plain attribute: it is not trained, not saved and stays behind on .to(device)",
+        f"{some(hidden, 3)} is a plain attribute: it is not trained, not saved and stays behind on .to(device)",
         "nn.Parameter for what is trained, register_buffer for what is fixed, nn.ModuleList for a list of modules",
     )
+
+
+def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, part in module.named_modules():
+        for attribute, value in vars(part).items():
+            if not attribute.startswith("_") and attribute != "training":
+                yield (f"{name}.{attribute}" if name else attribute), value
+
+
+def _left_by_a_forward(subject: Subject) -> set[str]:
+    """The attributes whose tensors each forward makes anew: maps of attention that are kept to be looked at, say."""
+    module = subject.copy()
+    before = {name: list(tensors_in(value)) for name, value in _plain_attributes(module)}
+    with torch.no_grad(), suppress(Exception):  # a forward that fails is output_shape's to name
+        module(subject.images(2))
+    after = {name: {id(tensor) for tensor in tensors_in(value)} for name, value in _plain_attributes(module)}
+    return {name for name, old in before.items() if not any(id(tensor) in after.get(name, ()) for tensor in old)}
 
 
 def _modules_in(value: Any) -> Iterator[nn.Module]:
@@ -191,8 +211,3 @@ def _modules_in(value: Any) -> Iterator[nn.Module]:
     elif isinstance(value, (dict, tuple, list)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _modules_in(part)
-
-
-def shortened(names: list[str], most: int = 3) -> str:
-    """The first names and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

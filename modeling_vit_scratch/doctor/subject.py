@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from .anatomy import Anatomy, observe
+from .anatomy import Anatomy, observe, tensors_in
 from .findings import NotApplicable
 
 OBSERVED_BATCH = 7  # a prime, so that the batch's axis is told from the tokens'
@@ -37,19 +37,23 @@ class Subject:
 
     def copy(self) -> nn.Module:
         """The network as it came, in eval mode."""
-        return copy.deepcopy(self.module).cpu().float().eval()
+        left = [tensor for part in self.module.modules() for tensor in tensors_in(vars(part))]
+        # torch copies no tensor with a history: maps of attention, say, that the last forward left in an attribute
+        known = {id(tensor): tensor.detach().clone() for tensor in left if not tensor.is_leaf}
+        return copy.deepcopy(self.module, known).cpu().float().eval()
 
-    def varied(self) -> nn.Module:
+    def varied(self, seed: int = 1) -> nn.Module:
         """A copy whose parameters are all moved by random amounts.
 
         A head, a LayerScale or positions that start at zero, which is no mistake, would hide what lies behind them.
         """
         module = self.copy()
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in module.parameters():
-                fan_in = parameter[0].numel() if parameter.ndim in (2, 4) else 0
-                deviation = fan_in**-0.5 if fan_in else 0.3  # vectors and tables (1, N, D) have no fan
+                has_fan = parameter.ndim in (2, 4) or (parameter.ndim == 3 and len(parameter) > 1)
+                # vectors and tables (1, N, D) have no fan
+                deviation = parameter[0].numel() ** -0.5 if has_fan else 0.3
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=deviation)
         return module
 

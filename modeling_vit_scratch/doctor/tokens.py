@@ -279,7 +279,7 @@ def pooling(subject: Subject) -> Verdict:
     gradient = None
     if logits.requires_grad:
         (gradient,) = torch.autograd.grad((logits @ direction).sum(), kept["tokens"], allow_unused=True)
-    if gradient is None:
+    if gradient is None or not gradient.any():
         raise NotApplicable("the logits have no gradient back to the last layer's tokens")
     size = gradient.abs().amax(dim=(1 - anatomy.sequence_axis, 2))
     read = (size > 1e-6 * size.max()).nonzero().flatten().tolist()

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from .augmentation_grid import pixels_of
-from .plots import LIGHT, Theme, png_bytes
-from .prediction_grid import name_of
+from .plots import LIGHT, Theme, name_of, png_bytes
 
 PANEL_INCHES = 2.2
 SMALL_PANEL_INCHES = 0.75
@@ -61,11 +60,8 @@ def attention_figure(title: str, images: Sequence[AttendedImage], theme: Theme) 
     for (plain, dimmed, heat), image in zip(axes, images, strict=True):
         pixels = pixels_of(image.pixels)
         height, width = pixels.shape[:2]
-        shares = image.patches / max(image.patches.max(), np.finfo(np.float32).tiny)
-        light = enlarged(shares, height, width)
-        light = light if pixels.ndim == 2 else light[..., None]
         show(plain, pixels, theme)
-        show(dimmed, (pixels * (DIMMEST + (1 - DIMMEST) * light)).round().astype(np.uint8), theme)
+        show(dimmed, lit(pixels, image.patches), theme)
         extent = (-0.5, width - 0.5, height - 0.5, -0.5)
         drawn = show(heat, image.patches, theme, cmap="magma", vmin=0, vmax=image.patches.max(), extent=extent)
         bar = figure.colorbar(drawn, ax=heat, shrink=0.85, pad=0.03, format=PercentFormatter(1))
@@ -110,6 +106,14 @@ def show(axes: Axes, pixels: np.ndarray, theme: Theme, **style):
     for spine in axes.spines.values():
         spine.set_color(theme.grid)
     return axes.imshow(pixels, **(style or {"cmap": "gray", "vmin": 0, "vmax": 255}), interpolation="nearest")
+
+
+def lit(pixels: np.ndarray, patches: np.ndarray) -> np.ndarray:
+    """The pixels (H, W) or (H, W, 3), as bright as the attention on their patch (Gh, Gw)."""
+    shares = patches / max(patches.max(), np.finfo(np.float32).tiny)
+    light = enlarged(shares, *pixels.shape[:2])
+    light = light if pixels.ndim == 2 else light[..., None]
+    return (pixels * (DIMMEST + (1 - DIMMEST) * light)).round().astype(np.uint8)
 
 
 def enlarged(patches: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from .plots import LIGHT, Theme, plot_label, png_bytes
+from .plots import LIGHT, Theme, name_of, png_bytes
 
 Panel = tuple[np.ndarray, str]  # a uint8 image (H, W, C), (C, H, W) or (H, W), and its caption
 
@@ -82,5 +82,5 @@ def caption_lines(caption: str) -> str:
         if lines and len(lines[-1]) + 1 + len(word) <= LONGEST_LINE:
             lines[-1] += f" {word}"
         else:
-            lines.append(plot_label(0, word) if len(word) > LONGEST_LINE else word)
+            lines.append(name_of(word))
     return "\n".join(lines)

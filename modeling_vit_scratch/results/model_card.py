@@ -274,7 +274,7 @@ def limits(run: RunRecord) -> list[str]:
             f"Its weakest class is {markdown(weakest['class'])}: {100 * weakest['recall']:.1f}% of its "
             f"{weakest['support']:,} {split} images were recognised."
         )
-    return [*found, *filter(None, [overfitting_note(run.evaluations)])]
+    return [*found, *filter(None, [overfitting_note(run.evaluations, run.is_multi_label)])]
 
 
 # ---------------------------------------------------------------- Markdown

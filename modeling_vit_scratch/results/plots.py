@@ -16,11 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from .record import RunRecord, judged_split, read_run, series, training_label
+from .record import RunRecord, judged_split, metric_label, read_run, series, training_label
 
 MOST_CLASSES_DRAWN = 50
 MOST_CLASSES_COUNTED = 16  # up to here the cells have room for their counts
 MOST_POINTS_UNSMOOTHED = 150
+LOG_SPAN = 20  # a gradient norm that spans more is drawn on a logarithmic axis
 DOTS_PER_INCH = 144
 
 
@@ -37,7 +38,6 @@ class Theme(NamedTuple):
 
 
 LIGHT = Theme("#ffffff", "#1f2328", "#59636e", "#e3e7eb", "#0072b2", "#d55e00", ("#f6f8fa", "#6aaed6", "#08306b"))
-DARK = Theme("#161b22", "#e6edf3", "#9198a1", "#2d333b", "#56b4e9", "#f0883e", ("#1c222a", "#2b6ca3", "#a5d6ff"))
 
 
 def write_plots(run_dir: str | Path) -> list[Path]:
@@ -82,7 +82,7 @@ def draw_accuracy(axes: Axes, run: RunRecord, theme: Theme):
 
 def draw_learning_rate(axes: Axes, run: RunRecord, theme: Theme):
     steps, values = series(run.training, "learning_rate")
-    axes.plot(steps, values, color=theme.training, linewidth=1.8)
+    axes.plot(steps, values, color=theme.training, linewidth=1.8, marker="o" if len(steps) == 1 else None)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_ylim(bottom=0)
 
@@ -91,7 +91,7 @@ def draw_gradient_norm(axes: Axes, run: RunRecord, theme: Theme):
     steps, values = series(run.training, "grad_norm")
     draw_series(axes, steps, values, theme.training, "gradient norm")
     finite = [value for value in values if math.isfinite(value)]
-    if finite and 0 < 20 * min(finite) < max(finite):
+    if finite and 0 < LOG_SPAN * min(finite) < max(finite):
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
@@ -154,11 +154,15 @@ def panels_of(run: RunRecord) -> list[str]:
     return [key for key in PANELS if key in recorded or (key == "train_accuracy" and "eval_accuracy" in recorded)]
 
 
+def panel_title(run: RunRecord, key: str) -> str:
+    return metric_label("accuracy", run.is_multi_label) if key == "train_accuracy" else PANELS[key][0]
+
+
 def draw_panel(axes: Axes, key: str, run: RunRecord, theme: Theme):
     """Draws one panel with its title, axes and grid."""
-    title, draw = PANELS[key]
+    draw = PANELS[key][1]
     style_axes(axes, theme)
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=theme.text)
+    axes.set_title(panel_title(run, key), loc="left", fontsize=11, fontweight="bold", color=theme.text)
     axes.set_xlabel("step", color=theme.muted, fontsize=9)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -244,9 +248,20 @@ def label_classes(axes: Axes, class_names: list[str], theme: Theme, small: bool)
 
 def plot_label(index: int, name: str) -> str:
     """The class name, shortened; the number of the class where matplotlib's font cannot write its name."""
+    return _cut(name) if _has_letters_of(name) else f"class {index}"
+
+
+def name_of(label: str) -> str:
+    """The class name, shortened, and escaped where matplotlib's font cannot write it."""
+    return _cut(label) if _has_letters_of(label) else ascii(label)[1:-1][:20]
+
+
+def _has_letters_of(name: str) -> bool:
     font = get_font(findfont("DejaVu Sans"))
-    if not all(font.get_char_index(ord(letter)) for letter in name):
-        return f"class {index}"
+    return all(font.get_char_index(ord(letter)) for letter in name)
+
+
+def _cut(name: str) -> str:
     return name if len(name) <= 20 else f"{name[:19]}…"
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from ..data.decoding import open_image
 from ..data.examples import Example
 from ..image_processing_vit_scratch import pil_to_channels
-from .plots import LIGHT, Theme, plot_label, png_bytes
+from .plots import LIGHT, Theme, name_of, png_bytes
 from .prediction import Prediction
 
 MOST_IMAGES = 64
@@ -91,11 +91,6 @@ def caption(prediction: Prediction) -> list[str]:
     share = f"{100 * prediction.probabilities[0]:.1f}%"
     lines = [answer if len(answer) <= 20 else f"{answer[:19]}…", share if answer == first else f"{first} {share}"]
     return [*lines, *([f"target {name_of(prediction.target)}"] if prediction.target is not None else [])]
-
-
-def name_of(label: str) -> str:
-    """The class name, shortened, and escaped where matplotlib's font cannot write it."""
-    return plot_label(0, label) if plot_label(0, label) != "class 0" else ascii(label)[1:-1][:20]
 
 
 def draw_bars(axes: Axes, prediction: Prediction, theme: Theme):

@@ -161,21 +161,32 @@ def accuracy_margin(accuracy: float, num_images: int) -> float:
     return (high - low) / 2
 
 
-def overfitting_note(evaluations: list[Row]) -> str | None:
-    """A sentence for a run whose validation loss has risen from its lowest value while accuracy has not; else None."""
+def risen_loss(evaluations: list[Row]) -> tuple[Row, Row] | None:
+    """The evaluation of the lowest validation loss and the last one, where the loss has risen between; else None."""
     rows = [row for row in evaluations if _is_number(row.get("eval_loss")) and _is_number(row.get("eval_accuracy"))]
     if not rows:
         return None
     lowest, last = min(rows, key=lambda row: row["eval_loss"]), rows[-1]
-    has_risen = last["eval_loss"] > RISEN_LOSS_RATIO * lowest["eval_loss"]
-    if not has_risen or last["eval_accuracy"] > lowest["eval_accuracy"]:
-        return None
+    return (lowest, last) if last["eval_loss"] > RISEN_LOSS_RATIO * lowest["eval_loss"] else None
+
+
+def risen_loss_text(lowest: Row, last: Row, did: str, is_multi_label: bool) -> str:
+    """The first half of a sentence on a risen loss. did: what the accuracy did meanwhile."""
+    accuracies = (metric_text("accuracy", row["eval_accuracy"]) for row in (lowest, last))
     return (
         f"The validation loss was lowest at step {lowest['step']:,} ({lowest['eval_loss']:.3f}) and rose to "
-        f"{last['eval_loss']:.3f} at step {last['step']:,}, while the validation accuracy did not rise "
-        f"({metric_text('accuracy', lowest['eval_accuracy'])}, then {metric_text('accuracy', last['eval_accuracy'])}): "
-        f"the model overfits. Fewer steps, more augmentation or more data would help."
+        f"{last['eval_loss']:.3f} at step {last['step']:,}, while the validation "
+        f"{metric_label('accuracy', is_multi_label).lower()} {did} ({', then '.join(accuracies)}): "
     )
+
+
+def overfitting_note(evaluations: list[Row], is_multi_label: bool = False) -> str | None:
+    """A sentence for a run whose validation loss has risen from its lowest value while accuracy has not; else None."""
+    rows = risen_loss(evaluations)
+    if rows is None or rows[1]["eval_accuracy"] > rows[0]["eval_accuracy"]:
+        return None
+    told = risen_loss_text(*rows, "did not rise", is_multi_label)
+    return f"{told}the model overfits. Fewer steps, more augmentation or more data would help."
 
 
 def weights_text(results: dict[str, Any]) -> str:

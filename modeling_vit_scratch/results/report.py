@@ -12,7 +12,6 @@ from .examined import Examination, examine
 from .plots import MOST_CLASSES_DRAWN, panels_of
 from .record import (
     METRICS,
-    RISEN_LOSS_RATIO,
     RunRecord,
     accuracy_margin,
     command_text,
@@ -24,6 +23,8 @@ from .record import (
     most_confused,
     overfitting_note,
     read_run,
+    risen_loss,
+    risen_loss_text,
     scores,
     split_sizes,
     weights_text,
@@ -48,6 +49,7 @@ from .report_html import (
 from .report_network import attention_section, hardest_section, parameters_section, weights_section
 
 MOST_CLASSES_UNFOLDED = 30
+SHARES = ("precision", "recall", "f1")
 CALIBRATED = 0.02  # mean confidence and accuracy closer than this are called alike
 
 
@@ -98,7 +100,7 @@ def heading(run: RunRecord) -> str:
         if metric in METRICS and METRICS[metric].is_share
     ]
     parts.append(f'<div class="tiles">{"".join(tiles[:4])}</div>' if tiles else "")
-    warning = overfitting_note(run.evaluations) or surer_note(run.evaluations)
+    warning = overfitting_note(run.evaluations, run.is_multi_label) or surer_note(run.evaluations, run.is_multi_label)
     parts.append(f'<p class="warning">{text(warning)}</p>' if warning else "")
     if by_split:
         metrics = list(dict.fromkeys(metric for found in by_split.values() for metric in found))
@@ -142,22 +144,15 @@ def margin(run: RunRecord, split: str, metric: str, value: float) -> str:
     return f", ± {100 * accuracy_margin(value, num_images):.1f} points on {num_images:,} images"
 
 
-def surer_note(evaluations: list[dict[str, Any]]) -> str | None:
+def surer_note(evaluations: list[dict[str, Any]], is_multi_label: bool) -> str | None:
     """A sentence for a run whose validation loss has risen from its lowest value while accuracy rose too; else None.
 
     Where accuracy did not rise, `overfitting_note` speaks.
     """
-    rows = [row for row in evaluations if row.get("eval_loss") is not None and row.get("eval_accuracy") is not None]
-    if not rows:
+    rows = risen_loss(evaluations)
+    if rows is None or rows[1]["eval_accuracy"] <= rows[0]["eval_accuracy"]:
         return None
-    lowest, last = min(rows, key=lambda row: row["eval_loss"]), rows[-1]
-    has_risen = last["eval_loss"] > RISEN_LOSS_RATIO * lowest["eval_loss"]
-    if not has_risen or last["eval_accuracy"] <= lowest["eval_accuracy"]:
-        return None
-    return (
-        f"The validation loss was lowest at step {lowest['step']:,} ({lowest['eval_loss']:.3f}) and rose to "
-        f"{last['eval_loss']:.3f} at step {last['step']:,}, while the validation accuracy did not fall "
-        f"({metric_text('accuracy', lowest['eval_accuracy'])}, then {metric_text('accuracy', last['eval_accuracy'])}): "
+    return risen_loss_text(*rows, "did not fall", is_multi_label) + (
         "the model is right more often, but too sure where it is wrong. Its answers can be used; its probabilities say "
         "too much. Label smoothing or mixup would help."
     )
@@ -251,7 +246,8 @@ def per_class(run: RunRecord) -> Section | None:
         table_row(
             [
                 row_header(row["class"]),
-                *(share_cell(row[name]) for name in ("precision", "recall", "f1")),
+                # without an image of the class there is nothing that could have been found
+                *(share_cell(row[name] if row["support"] or name == "precision" else None) for name in SHARES),
                 *cells("td", [f"{row['support']:,}"], first_number=0),
             ]
         )

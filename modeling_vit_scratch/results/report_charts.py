@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
-from .plots import MOST_CLASSES_COUNTED, MOST_POINTS_UNSMOOTHED, PANELS, running_mean
+from .plots import LOG_SPAN, MOST_CLASSES_COUNTED, MOST_POINTS_UNSMOOTHED, panel_title, running_mean
 from .record import RunRecord, series, training_label
 from .report_html import text
 
@@ -22,7 +22,6 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 32  # margins, where ticks are written
 MOST_DOTS = 40  # evaluations that can be told apart
 MOST_POINTS = 1_000  # of a curve
 READABLE = 0.78  # of its size a confusion matrix can still be read
-LOG_SPAN = 20  # a gradient norm that spans more is drawn on a logarithmic axis
 
 thousands = EngFormatter(sep="")
 
@@ -92,7 +91,7 @@ class Scale:
 
 def panel_chart(run: RunRecord, key: str) -> str:
     """One panel of the run's log as a figure; its numbers are those of metrics.jsonl."""
-    title, axis = PANELS[key][0], AXES[key]
+    title, axis = panel_title(run, key), AXES[key]
     curves = training_curves(training_label(run, key), *series(run.training, key), axis.is_noisy)
     if axis.evaluation is not None:
         steps, values = series(run.evaluations, axis.evaluation)

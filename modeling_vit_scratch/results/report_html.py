@@ -162,8 +162,10 @@ def cells(tag: str, values: Sequence[Any], first_number: int) -> list[str]:
     return plain + [f'<{tag} class="number">{text(value)}</{tag}>' for value in values[first_number:]]
 
 
-def share_cell(share: float) -> str:
-    """A share of one as a cell with a bar behind it."""
+def share_cell(share: float | None) -> str:
+    """A share of one as a cell with a bar behind it; a dash for None."""
+    if share is None:
+        return '<td class="number">–</td>'
     return f'<td class="number share" style="--share: {100 * share:.1f}%">{100 * share:.1f}%</td>'
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .attention import queries_of
-from .attention_picture import DIMMEST, enlarged
+from .attention_picture import lit
 from .augmentation_grid import pixels_of
 from .examined import EVENLY_SPACED, HIGHEST_LOSS, LEAST_CONFIDENT, Examination
 from .record import RunRecord, judged_split
@@ -84,14 +84,6 @@ def attention_section(run: RunRecord, found: Examination) -> Section | None:
         "attention", f"Where the network looks ({split} split)",
         f'{note(comment)}<div class="shots pairs">{"".join(figures)}</div>',
     )  # fmt: skip
-
-
-def lit(pixels: np.ndarray, patches: np.ndarray) -> np.ndarray:
-    """The pixels (H, W) or (H, W, 3), as bright as the attention on their patch (Gh, Gw)."""
-    shares = patches / max(patches.max(), np.finfo(np.float32).tiny)
-    light = enlarged(shares, *pixels.shape[:2])
-    light = light if pixels.ndim == 2 else light[..., None]
-    return (pixels * (DIMMEST + (1 - DIMMEST) * light)).round().astype(np.uint8)
 
 
 def weights_section(found: Examination) -> Section | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,14 +25,16 @@ SECONDS_BETWEEN_NEWS = 30  # also the longest that processes which do not scan w
 BadImages = dict[str, list[BadImage]]  # split name -> what cannot be read of it
 
 
-def leave_out_bad_images(accelerator: Accelerator, source: Source, folder: Path) -> dict[str, Any]:
+def leave_out_bad_images(
+    accelerator: Accelerator, source: Source, folder: Path, largest_share: float
+) -> dict[str, Any]:
     """Takes the images that cannot be read out of every split of the source, and returns what results.json says of it.
 
     The main process looks at every image, or reads what the folder's bad_images.json says of these splits, so that a
     run that goes on leaves out the same. Raises UserError in every process for a split that would be left without
-    images and for a class that would be left without training images.
+    images or without more than this share of them, and for a class that would be left without training images.
     """
-    work = _find(source, folder, torch.get_num_threads())  # nothing runs yet
+    work = _find(source, folder, torch.get_num_threads(), largest_share)  # nothing runs yet
     bad: BadImages | None = None
     while bad is None:
         news, bad = agree(accelerator, lambda: next(work))
@@ -45,7 +48,9 @@ def leave_out_bad_images(accelerator: Accelerator, source: Source, folder: Path)
     }
 
 
-def _find(source: Source, folder: Path, num_threads: int) -> Iterator[tuple[str, BadImages | None]]:
+def _find(
+    source: Source, folder: Path, num_threads: int, largest_share: float
+) -> Iterator[tuple[str, BadImages | None]]:
     """(what to say, None) while it works, then (what to say, the bad images of each split)."""
     path, sizes = folder / RECORD, {name: len(split) for name, split in source.splits.items()}
     if path.exists():
@@ -64,7 +69,7 @@ def _find(source: Source, folder: Path, num_threads: int) -> Iterator[tuple[str,
             if time.monotonic() - said > SECONDS_BETWEEN_NEWS:
                 said = time.monotonic()
                 yield f"looked at {scan.num_images:,} of {sizes[name]:,} {name} images, {len(scan.bad)} bad", None
-        _check_what_is_left(source, name, scan)
+        _check_what_is_left(source, name, scan, largest_share)
         bad[name] = scan.bad
     lists = {name: [dataclasses.asdict(image) for image in images] for name, images in bad.items()}
     write_json(path, {name: {"num_images": sizes[name], "bad": found} for name, found in lists.items()})
@@ -92,7 +97,7 @@ def _read(path: Path, source: Source) -> tuple[BadImages | None, str]:
     return bad, ""
 
 
-def _check_what_is_left(source: Source, name: str, scan: Scan):
+def _check_what_is_left(source: Source, name: str, scan: Scan, largest_share: float):
     if not scan.bad:
         return
     first = scan.bad[0]
@@ -108,6 +113,18 @@ def _check_what_is_left(source: Source, name: str, scan: Scan):
             f"without training images: none of its {scan.bad_labels[empty[0]]:,} can be read; mend them, or remove the "
             "class."
         )
+    share = len(scan.bad) / scan.num_images
+    if share > largest_share:
+        raise UserError(
+            f"--bad_images skip would leave out {share:.0%} of the {name} split, {len(scan.bad):,} of "
+            f"{scan.num_images:,} images ({first.name}: {first.reason}); mend them, or allow it: "
+            f"--max_bad_images {enough_for(share):g}."
+        )
+
+
+def enough_for(share: float) -> float:
+    """The least --max_bad_images of two digits that lets a split through of which this share is bad."""
+    return min(1.0, math.ceil(100 * share) / 100)
 
 
 def _summary(bad: BadImages) -> str:

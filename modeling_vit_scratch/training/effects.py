@@ -29,6 +29,7 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
         lambda r: r.dataset_name == "digits" and r.train_dir is None,
         "digits are numbers, not image files: every one can be read",
     ),
+    "max_bad_images": (lambda r: r.bad_images != "skip", "it goes with --bad_images skip"),
     "stream_lanes": (lambda r: not r.streaming, "it goes with --streaming true"),
     "stream_window": (lambda r: not r.streaming, "it goes with --streaming true"),
     "preset": (lambda r: r.model_name_or_path is not None, "the checkpoint decides the network"),
@@ -104,9 +105,9 @@ IDLE_ON_SOURCE: dict[str, tuple[Callable[[Source, Decoder], bool], str]] = {
         lambda s, d: not s.held_out,
         "the dataset has a validation split of its own, or too few images of each class to hold one out",
     ),
-    **dict.fromkeys(
-        ("class_weights", "balanced_sampler"),
-        (lambda s, d: s.is_multi_label, "its images have several classes each, none can be drawn or weighed alone"),
+    "balanced_sampler": (
+        lambda s, d: s.is_multi_label,
+        "its images have several classes each, none can be drawn for one alone; --class_weights balanced works there",
     ),
     "bce_loss": (lambda s, d: s.is_multi_label, "images of several classes each are trained by it anyway"),
     "max_eval_samples": (lambda s, d: "validation" not in s.splits, "there is no validation split"),

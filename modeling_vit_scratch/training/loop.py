@@ -99,7 +99,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     repository = agree(accelerator, lambda: open_destination(recipe, output_dir)) if recipe.push_to_hub else None
     if is_scanned:  # before a validation split is held out: as if bad images had never been there
         run = agree(accelerator, lambda: open_run(output_dir, recipe, facts, data_facts(source)))  # keeps what is found
-        skipped = leave_out_bad_images(accelerator, source, output_dir)
+        skipped = leave_out_bad_images(accelerator, source, output_dir, recipe.max_bad_images)
         hold_out(source, recipe.train_val_split, recipe.seed)
         limit_samples(source, recipe.max_train_samples, recipe.max_eval_samples, recipe.seed)
     set_seed(derived_seed(recipe.seed, "initialisation") % 2**32)
@@ -401,9 +401,10 @@ def _whole(model: ViTScratchForImageClassification) -> torch.nn.Module:
 
 def _objective(recipe: Recipe, source: Source, device: torch.device, dtype: torch.dtype) -> Objective:
     num_labels, smoothing = len(source.class_names), recipe.label_smoothing_factor
+    weights_of = _positive_weights if source.is_multi_label else _class_weights
+    weights = weights_of(source).to(device, dtype) if recipe.class_weights else None
     if source.is_multi_label:
-        return MultiLabel(num_labels, smoothing)
-    weights = _class_weights(source).to(device, dtype) if recipe.class_weights else None
+        return MultiLabel(num_labels, smoothing, weights)
     return SingleLabel(num_labels, smoothing, weights, recipe.bce_loss, recipe.bce_target_thresh)
 
 
@@ -412,6 +413,14 @@ def _class_weights(source: Source) -> torch.Tensor:
     counts = torch.from_numpy(source.label_ids_of("train")).bincount(minlength=len(source.class_names))
     present = counts > 0
     return torch.where(present, counts.sum() / (present.sum() * counts.clamp(min=1)), 0.0)
+
+
+def _positive_weights(source: Source) -> torch.Tensor:
+    """Weights (K,) of the images with a class: those without it over those with it, so that both weigh the same."""
+    sets = source.label_sets_of("train")
+    counts = torch.tensor([index for ids in sets for index in ids]).bincount(minlength=len(source.class_names))
+    is_split = (counts > 0) & (counts < len(sets))  # else there is nothing to balance
+    return torch.where(is_split, (len(sets) - counts) / counts.clamp(min=1), 1.0)
 
 
 def _num_workers(recipe: Recipe, source: Source, decoder: Decoder, device: torch.device) -> int:

@@ -167,7 +167,8 @@ def bf16_slowdown() -> float:
 
 
 def refuse_precision(accelerator: Accelerator, recipe: Recipe):
-    """Raises UserError for a --dtype or --tf32 that this device or precision does not have; sets TF32."""
+    """Raises UserError for a --dtype, --tf32 or --full_determinism that has no place on this device or with this
+    precision; sets the last two."""
     device = accelerator.device.type
     if recipe.dtype == "float64" and (accelerator.mixed_precision != "no" or device == "mps"):
         where = "on Apple's GPUs" if device == "mps" else f"with --mixed_precision {accelerator.mixed_precision}"
@@ -176,6 +177,12 @@ def refuse_precision(accelerator: Accelerator, recipe: Recipe):
         raise UserError(f"--tf32 has no effect here: the device is {device}, not CUDA.")
     if recipe.tf32:
         torch.set_float32_matmul_precision("high")
+    if recipe.full_determinism and device == "cpu":
+        raise UserError("--full_determinism has no effect here: on a CPU every run gives the same bits.")
+    if recipe.full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first called
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)  # torch names what has no such algorithm
 
 
 def first_on_each_node(accelerator: Accelerator, act: Callable[[], Result]) -> Result:

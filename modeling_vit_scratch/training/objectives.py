@@ -81,16 +81,23 @@ class SingleLabel:
 
 @dataclass(frozen=True)
 class MultiLabel:
-    """Any number of classes an image: binary cross-entropy, a mean over the classes. Targets: (B, K) from 0 to 1."""
+    """Any number of classes an image: binary cross-entropy, a mean over the classes. Targets: (B, K) from 0 to 1.
+
+    positive_weights: (K,), how many times as much an image with the class counts as one without it.
+    """
 
     num_labels: int
     label_smoothing: float = 0.0  # towards a half
+    positive_weights: torch.Tensor | None = None
 
     problem_type = "multi_label_classification"
 
     def loss_sum(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         smooth = targets.to(logits.dtype) * (1 - self.label_smoothing) + 0.5 * self.label_smoothing
-        return torch.nn.functional.binary_cross_entropy_with_logits(logits, smooth, reduction="sum") / self.num_labels
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(
+            logits, smooth, reduction="sum", pos_weight=self.positive_weights
+        )
+        return losses / self.num_labels
 
     def num_correct(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """How many images have all their classes, and no other, at a probability over a half."""

@@ -59,6 +59,10 @@ class Recipe:
         "leave them out",
         choices=("error", "skip"),
     )  # fmt: skip
+    max_bad_images: float = flag(
+        0.2, DATA, "with bad_images skip, the largest share of a split that may be left out; above it the run stops",
+        above=0, at_most=1,
+    )  # fmt: skip
     image_size: int | None = flag(None, DATA, "side of the images the network sees, in pixels", at_least=1)
     crop_pct: float = flag(
         0.875, DATA, "share of a photograph's shorter side that evaluation's central crop keeps", above=0, at_most=1
@@ -165,7 +169,8 @@ class Recipe:
         at_least=0, below=1,
     )  # fmt: skip
     class_weights: str | None = flag(
-        None, OPTIMIZATION, "balanced: rare classes weigh more in the loss, all classes the same in sum",
+        None, OPTIMIZATION, "balanced: rare classes weigh more in the loss, all classes the same in sum; of several "
+        "labels an image, those with a class as much as those without it",
         choices=("balanced",),
     )  # fmt: skip
     ema_decay: float | None = flag(
@@ -264,6 +269,9 @@ class Recipe:
     )
     cpu_threads: int | None = flag(None, MACHINE, "threads of each process; else cores / processes", at_least=1)
     torch_compile: bool = flag(False, MACHINE, "compile the network")
+    full_determinism: bool = flag(
+        False, MACHINE, "on a GPU, algorithms that give the same bits each time where torch has them, which are slower"
+    )
     tf32: bool = flag(False, MACHINE, "matrix products of float32 in TF32, on GPUs that have it")
     gradient_checkpointing: bool = flag(False, MACHINE, "recompute activations backward: less memory, more time")
 

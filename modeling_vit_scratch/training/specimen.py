@@ -117,7 +117,7 @@ def _attention_over_the_batch(ours: ViTScratchAttention, hidden_size: int, num_h
     return specimen
 
 
-# ---------------------------------------------------------------- patches and tokens
+# ---------------------------------------------------------------- patches, tokens, norms and the MLP
 
 
 def _reshape_patches(model: ViTScratchForImageClassification):
@@ -163,9 +163,35 @@ def _keep_tokens_from_the_optimizer(model: ViTScratchForImageClassification):
             parameter.register_hook(torch.zeros_like)
 
 
+def _forget_positions(model: ViTScratchForImageClassification):
+    if model.config.position_embedding_type != "learned":
+        raise UserError("--specimen positions_forgotten needs --config_overrides position_embedding_type=learned.")
+    model.vit.embeddings.position_embeddings = None
+
+
+def _forget_activations(model: ViTScratchForImageClassification):
+    for layer in model.vit.layers:
+        layer.mlp.activation_fn = nn.Identity()
+
+
+def _replace_norms(name: str) -> Callable[[ViTScratchForImageClassification], None]:
+    """A change of the two norms of each layer for those of this specimen."""
+
+    def replace(model: ViTScratchForImageClassification):
+        for layer in model.vit.layers:
+            layer.layernorm_before, layer.layernorm_after = (
+                SPECIMENS[name].parts["norm"](model.config.hidden_size) for _ in range(2)
+            )
+
+    return replace
+
+
 OTHERS: dict[str, Callable[[ViTScratchForImageClassification], None]] = {
     "patches_by_reshape": _reshape_patches,
     "border_left_out": _leave_out_border,
     "tokens_not_optimized": _keep_tokens_from_the_optimizer,
+    "positions_forgotten": _forget_positions,
+    "activation_forgotten": _forget_activations,
+    **{name: _replace_norms(name) for name in ("norm_without_centring", "norm_parentheses")},
 }
 INTO_OURS = (*ATTENTION, *OTHERS)

@@ -144,7 +144,9 @@ def run_one(plan: Plan, record: dict[str, Any], run: Run, state: PartialState) -
     """
     if run.recipe.torch_compile:
         torch.compiler.reset()  # else the eighth network of a sweep runs uncompiled: torch's recompile limit
-    torch.set_float32_matmul_precision("highest")  # torch's default, which --tf32 true of an earlier run lowered
+    # torch's defaults, which --tf32 or --full_determinism true of an earlier run changed
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(False)
     try:
         return finished(loop.train(run.recipe, run.chosen))
     except UserError as error:

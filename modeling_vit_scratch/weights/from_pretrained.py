@@ -6,17 +6,23 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..configuration_vit_scratch import architecture_fields
+from ..configuration_vit_scratch import architecture_fields, pair
 from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchForImageClassification
-from .files import open_checkpoint
-from .formats import is_own, read_checkpoint
+from .files import Checkpoint, open_checkpoint
+from .formats import is_own, own_config, read_checkpoint
 from .loading import fitted, wanted_config
 
 logger = logging.get_logger(__name__)
 
 HUB = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 LABELS = ("num_labels", "id2label", "label2id", "problem_type")
+
+
+def _is_of_another_size(checkpoint: Checkpoint, arguments: dict[str, Any]) -> bool:
+    """Whether images of another size than the checkpoint's own are asked for: its positions are interpolated."""
+    size = arguments.get("image_size")
+    return size is not None and pair(size) != own_config(checkpoint).image_height_width
 
 
 def translated(model_class: type, name_or_path: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -34,7 +40,7 @@ def translated(model_class: type, name_or_path: Any, arguments: dict[str, Any]) 
         checkpoint = open_checkpoint(str(name_or_path), {name: arguments[name] for name in HUB if name in arguments})
     except UserError:
         return name_or_path, arguments  # an adapter's folder, or nothing at all: transformers says what
-    if is_own(checkpoint) and not Path(name_or_path).is_file():
+    if is_own(checkpoint) and not Path(name_or_path).is_file() and not _is_of_another_size(checkpoint, arguments):
         return name_or_path, arguments
     fields = (*architecture_fields(), *LABELS)
     wanted = {name: value for name, value in arguments.items() if name in fields and value is not None}

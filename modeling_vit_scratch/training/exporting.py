@@ -1,0 +1,131 @@
+"""`vit-scratch export`: images of a dataset as files in a folder a class, as a person looks at them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.decoding import BadImageError, opened
+from ..data.examples import Example
+from ..data.loading import RowReader
+from ..data.splits import Source
+from ..errors import UserError
+from .flags import Parser, exit_code, parse_value
+from .recipes import FIELDS, Recipe
+from .scoring import SPLITS, open_split
+
+SHARED = ("dataset_name", "dataset_config_name", "image_column_name", "label_column_name", "streaming")
+DEFAULT_COUNT = 9
+ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}  # of Pillow's formats; else the format's own name
+
+
+def export(source: Source, split: str, samples: Sequence[int], folder: Path) -> tuple[list[Path], list[str]]:
+    """Writes these samples of a split; the files, and in plain words what could not be written.
+
+    An image of one class lies in a folder of the class's name, one whose label is no class's beside those folders, and
+    where images have several classes a metadata.jsonl names them: as --train_dir and `predict` read folders. Encoded
+    images are written as they are, pixels as PNG. Raises UserError where the folder cannot be written.
+    """
+    examples = RowReader(source, source.splits[split]).examples(np.asarray(samples, dtype=np.int64))
+    written, left_out, rows = [], [], []
+    try:
+        for sample, example in zip(samples, examples, strict=True):
+            place = folder if source.is_multi_label else folder / _class_folder(source, example)
+            place.mkdir(parents=True, exist_ok=True)
+            try:
+                written.append(_write(example, place / f"{split}-{sample:06d}"))
+            except BadImageError as error:
+                left_out.append(str(error))
+                continue
+            if source.is_multi_label:
+                ids = source.label_set(example.label, example.name)
+                rows.append({"file_name": written[-1].name, "labels": [source.class_names[index] for index in ids]})
+        if rows:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}.") from error
+    return written, left_out
+
+
+def _class_folder(source: Source, example: Example) -> str:
+    try:
+        name = source.class_names[source.label_id(example.label, example.name)]
+    except UserError:
+        return "."  # the Hub hides the labels of some test splits
+    return name.replace("/", "_").replace("\\", "_").lstrip(".") or "_"
+
+
+def _write(example: Example, stem: Path) -> Path:
+    with opened(example) as image:
+        if isinstance(example.image, np.ndarray):
+            path = stem.with_name(f"{stem.name}.png")
+            image.save(path)
+            return path
+        ending = ENDINGS.get(image.format, f".{image.format.lower()}")
+    raw = example.image
+    path = stem.with_name(stem.name + ending)
+    path.write_bytes(Path(raw).read_bytes() if isinstance(raw, str) else raw)
+    return path
+
+
+# ---------------------------------------------------------------- the command
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="vit-scratch export",
+        description="Writes images of a dataset as files, in a folder for each class: to look at, for predict and "
+        "attention, or as --train_dir.",
+        allow_abbrev=False,
+    )
+    for name in SHARED:
+        value = {"nargs": "?", "const": "true"} if name == "streaming" else {}
+        metavar = "BOOL" if name == "streaming" else "NAME"
+        needed = name == "dataset_name"
+        parser.add_argument(f"--{name}", metavar=metavar, required=needed, help=FIELDS[name].metadata["help"], **value)
+    parser.add_argument("--split", help=f"{', '.join(SPLITS)} [test, else validation]")
+    parser.add_argument("--index", metavar="INT,INT", help="the images' places in the split, from 0 on")
+    parser.add_argument("--count", metavar="INT", type=int, help=f"or so many from the first on [{DEFAULT_COUNT}]")
+    parser.add_argument("--output_dir", metavar="FOLDER", type=Path, required=True, help="new, or empty")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Writes images as the command line says; the exit code."""
+    parser = build_parser()
+    return exit_code(lambda: _run(parser.parse_args(arguments)))
+
+
+def _run(own: Any):
+    folder = own.output_dir.expanduser()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"--output_dir {folder} is not empty: name another folder.")
+    options = Recipe(
+        **{name: parse_value(name, getattr(own, name)) for name in SHARED if getattr(own, name) is not None}
+    )
+    source, split = open_split(options, None, own.split)
+    samples = _samples(own, len(source.splits[split]))
+    written, left_out = export(source, split, samples, folder)
+    for reason in left_out:
+        print(f"left out: {reason}")
+    for path in written[:DEFAULT_COUNT]:
+        print(path)
+    more = f", the first {DEFAULT_COUNT} of them above" if len(written) > DEFAULT_COUNT else ""
+    print(f"{len(written):,} of {len(source.splits[split]):,} images of {source.name}'s {split} split{more}")
+
+
+def _samples(own: Any, num_images: int) -> list[int]:
+    if own.index is None:
+        count = DEFAULT_COUNT if own.count is None else own.count
+        if count < 1:
+            raise UserError(f"--count must be at least 1, got {count}.")
+        return list(range(min(count, num_images)))
+    if own.count is not None:
+        raise UserError("--index names the images and --count says how many: give one of them.")
+    words = own.index.split(",")
+    if not all(word.strip().isdecimal() and int(word) < num_images for word in words):
+        raise UserError(f"--index takes numbers from 0 to {num_images - 1}, with commas; got {own.index}.")
+    return list(dict.fromkeys(map(int, words)))
