@@ -15,8 +15,8 @@ from modeling_vit_scratch.data.augmentation import Draws, Mixing
 from modeling_vit_scratch.data.sources import open_source
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.training.flags import parse_arguments
-from modeling_vit_scratch.training.loop import _positive_weights
 from modeling_vit_scratch.training.network import source_of
+from modeling_vit_scratch.training.objectives import positive_weights
 from modeling_vit_scratch.training.showing import augmented_rows
 
 
@@ -50,7 +50,7 @@ def test_balanced_weights_make_a_class_weigh_as_much_as_its_absence(colours, tmp
     root = colours("train", 60)
     source = open_source(train_dir=str(root), train_val_split=0.0)
     sets = source.label_sets_of("train")
-    weights = _positive_weights(source)
+    weights = positive_weights(source)
     for index in range(3):
         present = sum(index in ids for ids in sets)
         assert weights[index].item() * present == pytest.approx(60 - present)

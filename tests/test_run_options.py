@@ -11,6 +11,7 @@ from test_run_train import TINY, equal, metrics, run, weights
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.training import loop
 from modeling_vit_scratch.training.guard import FiniteGuard
+from modeling_vit_scratch.training.objectives import class_weights
 from modeling_vit_scratch.training.recipes import RECIPES
 from modeling_vit_scratch.training.recording import read_metrics
 from modeling_vit_scratch.training.schedules import learning_rate_at
@@ -155,7 +156,7 @@ def test_class_weights_balance_what_the_classes_weigh(image_folder):
     from modeling_vit_scratch.data.sources import open_source
 
     source = open_source(train_dir=str(image_folder(cat=12, dog=3, emu=1)), train_val_split=0)
-    found = loop._class_weights(source)
+    found = class_weights(source)
     from sklearn.utils.class_weight import compute_class_weight
 
     labels = source.label_ids_of("train")

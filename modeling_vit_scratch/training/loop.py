@@ -40,7 +40,7 @@ from .machine import (
     start_accelerator,
 )
 from .network import build_augmentation, build_network, source_of
-from .objectives import MultiLabel, Objective, SingleLabel
+from .objectives import objective_of
 from .optimization import build_optimizer, optimizer_warning, parameter_groups
 from .overrides import checkpoint_rates
 from .publishing import checkpoint_documents, collect_results, final_scores, publish, save_model
@@ -149,7 +149,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     # --- a frozen backbone sees each image once: from here on its features stand where images were
     # what is sharded goes to the GPU a layer at a time: whole, it may not fit
     model.to(device="cpu" if is_sharded(accelerator) else device, dtype=getattr(torch, recipe.dtype))
-    objective = _objective(recipe, source, device, model.dtype)
+    objective = objective_of(recipe, source, device, model.dtype)
     baseline, trained_part = None, _whole
     if can_cache_features(recipe, num_samples, model.config.hidden_size):
         cached = cache_features(model, data, held, pixels, recipe.horizontal_flip_prob, accelerator)
@@ -397,30 +397,6 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
 
 def _whole(model: ViTScratchForImageClassification) -> torch.nn.Module:
     return model
-
-
-def _objective(recipe: Recipe, source: Source, device: torch.device, dtype: torch.dtype) -> Objective:
-    num_labels, smoothing = len(source.class_names), recipe.label_smoothing_factor
-    weights_of = _positive_weights if source.is_multi_label else _class_weights
-    weights = weights_of(source).to(device, dtype) if recipe.class_weights else None
-    if source.is_multi_label:
-        return MultiLabel(num_labels, smoothing, weights)
-    return SingleLabel(num_labels, smoothing, weights, recipe.bce_loss, recipe.bce_target_thresh)
-
-
-def _class_weights(source: Source) -> torch.Tensor:
-    """Weights (K,) of the classes in the loss: N / (K * N_k), so that their mean over the samples is 1."""
-    counts = torch.from_numpy(source.label_ids_of("train")).bincount(minlength=len(source.class_names))
-    present = counts > 0
-    return torch.where(present, counts.sum() / (present.sum() * counts.clamp(min=1)), 0.0)
-
-
-def _positive_weights(source: Source) -> torch.Tensor:
-    """Weights (K,) of the images with a class: those without it over those with it, so that both weigh the same."""
-    sets = source.label_sets_of("train")
-    counts = torch.tensor([index for ids in sets for index in ids]).bincount(minlength=len(source.class_names))
-    is_split = (counts > 0) & (counts < len(sets))  # else there is nothing to balance
-    return torch.where(is_split, (len(sets) - counts) / counts.clamp(min=1), 1.0)
 
 
 def _num_workers(recipe: Recipe, source: Source, decoder: Decoder, device: torch.device) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.splits import Source
 from ..results.metrics import (
     calibration,
     classification_scores,
@@ -14,6 +15,7 @@ from ..results.metrics import (
     multi_label_scores,
     per_class_scores,
 )
+from .recipes import Recipe
 
 # B batch, N images, K labels
 
@@ -118,3 +120,31 @@ class MultiLabel:
 
 
 Objective = SingleLabel | MultiLabel
+
+
+# ---------------------------------------------------------------- of a run
+
+
+def objective_of(recipe: Recipe, source: Source, device: torch.device, dtype: torch.dtype) -> Objective:
+    """What a run on these images learns, its weights of classes on the device."""
+    weights_of = positive_weights if source.is_multi_label else class_weights
+    weights = weights_of(source).to(device, dtype) if recipe.class_weights else None
+    num_labels, smoothing = len(source.class_names), recipe.label_smoothing_factor
+    if source.is_multi_label:
+        return MultiLabel(num_labels, smoothing, weights)
+    return SingleLabel(num_labels, smoothing, weights, recipe.bce_loss, recipe.bce_target_thresh)
+
+
+def class_weights(source: Source) -> torch.Tensor:
+    """Weights (K,) of the classes in the loss: N / (K * N_k), so that their mean over the samples is 1."""
+    counts = torch.from_numpy(source.label_ids_of("train")).bincount(minlength=len(source.class_names))
+    present = counts > 0
+    return torch.where(present, counts.sum() / (present.sum() * counts.clamp(min=1)), 0.0)
+
+
+def positive_weights(source: Source) -> torch.Tensor:
+    """Weights (K,) of the images with a class: those without it over those with it, so that both weigh the same."""
+    sets = source.label_sets_of("train")
+    counts = torch.tensor([index for ids in sets for index in ids]).bincount(minlength=len(source.class_names))
+    is_split = (counts > 0) & (counts < len(sets))  # else there is nothing to balance
+    return torch.where(is_split, (len(sets) - counts) / counts.clamp(min=1), 1.0)
