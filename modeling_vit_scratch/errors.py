@@ -13,6 +13,10 @@ class UserError(ValueError):
     met_alone = False
 
 
+class PassingError(UserError):
+    """What passes, as a full disk or a network that is away: the same command goes on when it has."""
+
+
 def unknown(kind: str, name: object, known: Iterable[str], listing: str | None = None) -> UserError:
     """The error for a name that a table does not have: it lists the names, the closest one first.
 

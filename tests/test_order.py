@@ -153,6 +153,12 @@ def test_hashes_take_their_share_and_differ_between_shards_and_purposes():
     assert np.array_equal(row_hashes(7, "holdout", 0, 50) < hash_limit(0.1), masks[0][:50])
 
 
+def test_more_classes_than_places_are_drawn_as_far_as_they_go():
+    order = BalancedOrder(np.repeat(np.arange(6), 2), seed=0, repeats=3)
+    _, samples = order.batch(0, 12)
+    assert len(samples) == 12 and len(np.unique(samples)) == 4
+
+
 def test_a_balanced_epoch_shows_every_class_equally_often_and_its_images_evenly():
     labels = np.repeat([0, 1, 3], [70, 8, 22])  # class 2 has no image
     order = BalancedOrder(labels, seed=5)

@@ -372,5 +372,16 @@ def test_a_folder_that_is_no_finished_run_makes_no_repository(hub, run_dir, caps
     (run_dir / "model" / "model.safetensors").unlink()
     for folder in (run_dir, run_dir / "nowhere"):
         assert cli.main(["push", str(folder), "me/newts"]) == 2
-        assert "model.safetensors missing: start the command" in (line := error_of(capsys)) or "No " in line
+        missing = f"model.safetensors missing: remove {run_dir}/results.json and start the command"
+        assert (missing if folder == run_dir else "No ") in error_of(capsys)
     assert hub.repositories == {} and hub.requests == []
+
+
+def test_a_model_that_is_gone_is_written_anew_from_the_last_checkpoint(tmp_path):
+    loop.train(*parse_arguments(words(tmp_path / "digits")))
+    weights = tmp_path / "digits" / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    (tmp_path / "digits" / "results.json").unlink()
+    loop.train(*parse_arguments(words(tmp_path / "digits")))
+    assert weights.read_bytes() == before

@@ -1,6 +1,8 @@
 """Where a run goes on: from the newest checkpoint, from a named one, past its first end, after a signal."""
 
+import json
 import os
+import shutil
 import signal
 import threading
 from types import SimpleNamespace
@@ -40,6 +42,49 @@ def test_a_signal_saves_and_the_same_command_ends_as_if_there_had_been_none(name
     monkeypatch.setattr(loop, "learning_rate_at", real)
     assert run(tmp_path / "run", *LENGTH)["test_loss"] == expected["test_loss"]
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("flag", ["--overwrite_output_dir", "--resume_from_checkpoint"])
+def test_flags_that_would_lose_the_steps_are_to_be_left_out(flag, tmp_path, monkeypatch):
+    expected = run(tmp_path / "run", *LENGTH, "--save_steps", 2, "--save_total_limit", 9)
+    named = tmp_path / "run" / "checkpoints" / "step-000002"
+    real = loop.learning_rate_at
+
+    def signalled(step, *rest):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(step, *rest)
+
+    monkeypatch.setattr(loop, "learning_rate_at", signalled)
+    value = named if flag == "--resume_from_checkpoint" else "true"
+    with pytest.raises(loop.Interrupted, match=f"The same command, without {flag}, goes on from there"):
+        run(tmp_path / "run", *LENGTH, "--save_steps", 2, "--save_total_limit", 9, flag, value)
+    monkeypatch.setattr(loop, "learning_rate_at", real)
+    again = run(tmp_path / "run", *LENGTH, "--save_steps", 2, "--save_total_limit", 9)
+    assert again["test_loss"] == expected["test_loss"]
+
+
+def test_the_best_weights_come_along_from_another_run(tmp_path, capsys):
+    often = [*LENGTH, "--save_steps", 2, "--eval_steps", 2, "--load_best_model_at_end", "true", "--save_total_limit", 1]
+    often += ["--lr_scheduler_type", "linear", "--learning_rate", 0.5, "--warmup_steps", 0]
+    expected = run(tmp_path / "run", *often)
+    best = int(expected["weights"].rpartition(" ")[2])
+    assert best < 10  # so high a rate does not end with its best
+    for folder, keeps_best in (("with", True), ("without", False)):
+        last = tmp_path / "run" / "checkpoints" / "step-000010"
+        if not keeps_best:
+            shutil.rmtree(last.with_name(f"step-{best:06d}"))
+        results = run(tmp_path / folder, *often, "--resume_from_checkpoint", last)
+        assert results["weights"] == (expected["weights"] if keeps_best else "last")
+        assert equal(weights(tmp_path / "run"), weights(tmp_path / folder)) == keeps_best
+    assert "which validated best, is not there: the last weights are published" in capsys.readouterr().out
+
+
+def test_the_rate_after_a_resume_counts_the_time_before(tmp_path):
+    run(tmp_path / "run", *LENGTH, "--save_steps", 2, "--save_total_limit", 9)
+    named = tmp_path / "run" / "checkpoints" / "step-000008"
+    state = json.loads((named / "state.json").read_text())
+    assert state["window"]["images"] == 100 and 0 < state["window"]["seconds"] < 60
 
 
 def test_checkpoints_are_written_by_minutes_too(tmp_path, monkeypatch):

@@ -82,6 +82,7 @@ def test_averaged_weights_are_what_is_scored_and_saved(tmp_path):
 def test_an_average_slower_than_the_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="--ema_decay 0.999 has a half-life of 693 steps, the run has 5"):
         run(tmp_path / "run", "--max_steps", 5, "--ema_decay", 0.999)
+    run(tmp_path / "run", "--max_steps", 5, "--ema_decay", 0.5)  # as the error says, in the folder that nobody owns
 
 
 def test_the_run_stops_early_when_the_score_no_longer_rises(tmp_path, capsys):

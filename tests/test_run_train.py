@@ -157,6 +157,22 @@ def test_accumulated_parts_take_the_steps_of_one_batch(tmp_path):
     assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-4) for a, b in pairs if "loss" in a)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells of a parent's death on Linux")
+def test_a_bare_launcher_that_is_stopped_leaves_a_saved_run_and_no_orphan(tmp_path):
+    command = ["accelerate", "launch", str(ROOT / "run_train.py"), "--max_steps", "4000", "--logging_steps", "5"]
+    variables = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
+    launched = subprocess.Popen(
+        [*command, "--report_to", "none", "--output_dir", str(tmp_path / "run")], env=variables, cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    lines = iter(launched.stdout.readline, "")
+    assert any(line.startswith("step 10/") for line in lines)
+    launched.terminate()
+    said = "".join(lines)  # until the trainer, which has the pipe too, has ended
+    assert "stopped by a signal; saved" in said, said
+    assert launched.wait(30) != 0 and list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
 def test_two_processes_take_the_steps_and_count_the_scores_of_one(parquet_repo, tmp_path):
     root = parquet_repo(train=[50, 31], test=[20, 17])  # 37 test images: 2 does not divide them
     # epochs end inside batches: there partners of mixed images lie on the other rank, elsewhere on the same

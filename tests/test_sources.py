@@ -155,6 +155,35 @@ def test_a_choice_among_columns_of_labels_is_told(tmp_path, streaming):
     assert not open_source(**flags, label_column_name="coarse_label").notes
 
 
+def write_splits(root, **labels_of):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    (root / "data").mkdir(parents=True)
+    for split, labels in labels_of.items():
+        columns = {"image": make_images(len(labels), seed=len(labels)), "label": labels}
+        table = datasets.Dataset.from_dict(columns, features=features)
+        table.to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
+    return str(root)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["test", "validation", "train"])
+def test_a_lone_split_is_trained_on_and_not_scored_too(tmp_path, name, streaming):
+    root = write_splits(tmp_path / "set", **{name: [0, 1] * 15})
+    source = open_source(root, streaming=streaming, train_val_split=0.2)
+    assert source.splits.keys() == {"train", "validation"}
+    assert sum(len(split) for split in source.splits.values()) == 30
+    alone = open_source(root, streaming=streaming, train_val_split=0.0, needs_training=False)  # as evaluate opens it
+    assert {split: len(found) for split, found in alone.splits.items()} == {name: 30}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_splits_that_cannot_be_scored_are_left_out_aloud(tmp_path, streaming):
+    root = write_splits(tmp_path / "set", train=[0, 1] * 10, test=[-1] * 4, validation=[])
+    source = open_source(root, streaming=streaming, train_val_split=0.2)
+    assert {split: len(found) for split, found in source.splits.items()} == {"train": 16, "validation": 4}
+    assert any("The labels of the test split are hidden: it is left out." in note for note in source.notes)
+
+
 def test_webdataset_folders_are_streamed(tmp_path):
     for shard in range(2):
         with tarfile.open(tmp_path / f"train-{shard:04d}.tar", "w") as archive:

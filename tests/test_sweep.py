@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from modeling_vit_scratch import cli
-from modeling_vit_scratch.errors import UserError
+from modeling_vit_scratch.errors import PassingError, UserError
 from modeling_vit_scratch.training import loop
 from modeling_vit_scratch.training.recipes import FIELDS
 from modeling_vit_scratch.training.sweep import sweep
@@ -158,6 +158,26 @@ def test_a_broken_off_run_is_trained_on_and_its_sweep_goes_on(trained, tmp_path,
     assert cli.main(arguments) == 0
     assert second.names == ["learning_rate-0.2", "learning_rate-0.3"]
     assert not any(recipe.overwrite_output_dir for recipe in second.recipes)  # it goes on from its checkpoint
+
+
+def test_what_an_overwritten_sweep_does_not_reach_is_not_the_old_ones(trained, tmp_path, capsys):
+    arguments = ["sweep", "--output_dir", str(tmp_path / "s"), *SHORT, "--grid", "learning_rate=0.1,0.2,0.3"]
+    trained()
+    assert cli.main(arguments) == 0
+    trained(ends={"learning_rate-0.1": loop.Interrupted("stopped by a signal; saved step-000002.")})
+    assert cli.main([*arguments, "--overwrite_output_dir"]) == 3
+    assert "Leave out --overwrite_output_dir then." in capsys.readouterr().err
+    third = trained()
+    assert cli.main(arguments) == 0
+    assert third.names == ["learning_rate-0.1", "learning_rate-0.2", "learning_rate-0.3"]
+
+
+def test_what_passes_ends_the_sweep_and_the_same_command_goes_on(trained, tmp_path):
+    arguments = ["sweep", "--output_dir", str(tmp_path / "s"), *SHORT, "--grid", "learning_rate=0.1,0.2"]
+    trained(ends={"learning_rate-0.2": PassingError("Make room, and start the same command again.")})
+    assert cli.main(arguments) == 2
+    second = trained()
+    assert cli.main(arguments) == 0 and second.names == ["learning_rate-0.2"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

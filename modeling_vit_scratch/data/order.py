@@ -144,7 +144,8 @@ class BalancedOrder(ResidentOrder):
         for index, label in enumerate(classes):
             own = np.flatnonzero(self.labels == label)
             count = num_places // len(classes) + int(index < num_places % len(classes))
-            drawn.append(np.concatenate([rng.permutation(own) for _ in range(-(-count // len(own)))])[:count])
+            rounds = [rng.permutation(own) for _ in range(-(-count // len(own)))]
+            drawn += [np.concatenate(rounds)[:count]] if rounds else []  # more classes than places: not all have one
         samples = rng.permutation(np.concatenate(drawn))
         return samples, _times_before(samples)
 

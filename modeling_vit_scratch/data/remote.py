@@ -20,7 +20,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 from huggingface_hub.hf_file_system import HfFileSystem, HfFileSystemFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from ..errors import UserError
+from ..errors import PassingError, UserError
 
 Result = TypeVar("Result")
 
@@ -87,7 +87,7 @@ def _names(error: BaseException) -> set[str]:
 def retried(read: Callable[[], Result], url: str, sleep: Callable[[float], None] | None = None) -> Result:
     """What `read` gives, tried again after 1, 2, 4, 8 and 16 seconds where the shard is remote and time may mend it.
 
-    Raises UserError, naming the shard and how to go on, when the last try has failed too; any other error as it is.
+    Raises PassingError, naming the shard and how to go on, when the last try has failed too; any other error as it is.
     """
     for attempt, wait in enumerate((*WAITS, None), start=1):
         try:
@@ -97,7 +97,7 @@ def retried(read: Callable[[], Result], url: str, sleep: Callable[[float], None]
                 raise
             reason = _one_line(error)
             if wait is None:
-                raise UserError(
+                raise PassingError(
                     f"Shard {url} could not be read in {attempt} tries: {reason}. Start the same command again when "
                     "the network is back: a run goes on from its last checkpoint."
                 ) from error

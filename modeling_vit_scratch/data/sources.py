@@ -134,7 +134,9 @@ def _open_table(
     kind = type(builder).__module__.rpartition(".")[2]
     if kind.endswith("folder") and os.path.isdir(location):
         raise UserError(f"--dataset_name {dataset_name} is a folder of images: name it with --train_dir instead.")
-    theirs = {ours: _split_name(ours, row, list(files)) for ours in SPLIT_NAMES}
+    theirs = {ours: _split_name(ours, row, list(files), needs_training) for ours in SPLIT_NAMES}
+    taken = theirs["train"]  # a lone split that is called test or validation is not scored on what it trained
+    theirs |= {ours: None for ours, split in theirs.items() if ours != "train" and split == taken}
     used = {ours: split for ours, split in theirs.items() if split is not None}
     if (theirs["train"] is None and needs_training) or not used:
         raise UserError(f"{dataset_name} has no training split; it has: {', '.join(files)}.")
@@ -171,7 +173,8 @@ def _open_table(
             _compare_with_card(dataset_name, builder.info.splits, used, examples)
     else:
         with hub_errors(dataset_name), quiet_hub():
-            tables = {ours: datasets.load_dataset(location, config_name, split=s) for ours, s in used.items()}
+            tables = {ours: _load_split(location, config_name, ours, split) for ours, split in used.items()}
+        tables = {ours: table for ours, table in tables.items() if table is not None}
         features = tables[first].features
         columns = find_columns(features, image_column, label_column, dataset_name)
         examples = {
@@ -181,9 +184,15 @@ def _open_table(
     is_multi_label = isinstance(feature, LISTS)
     ruling = [examples["train"]] if "train" in used else list(examples.values())
     class_names, label_ids = _classes(feature.feature if is_multi_label else feature, ruling, is_multi_label)
+    notes = [] if is_told else _other_labels(features, columns[1])
+    if needs_training:
+        is_plain = kind != "webdataset" and not is_multi_label  # a tar is read whole for its labels
+        for ours in [ours for ours in examples if ours != "train"]:
+            if reason := _usable(ours, examples[ours], is_plain):
+                notes.append(reason)
+                del examples[ours]
     splits = {ours: Split(found) for ours, found in examples.items()}
     repository = None if os.path.isdir(location) else location
-    notes = [] if is_told else _other_labels(features, columns[1])
     return Source(
         str(dataset_name), splits, class_names, label_ids, streaming,
         repository=repository, is_multi_label=is_multi_label, notes=notes,
@@ -200,6 +209,25 @@ def _other_labels(features: datasets.Features, label_column: str) -> list[str]:
     ]
 
 
+def _load_split(location: str, config_name: str | None, ours: str, split: str) -> datasets.Dataset | None:
+    """A split as a table; None for an empty one, which `datasets` does not load, beside that of training."""
+    try:
+        return datasets.load_dataset(location, config_name, split=split)
+    except ValueError as error:
+        if ours == "train" or "corresponds to no data" not in str(error):
+            raise
+        return None
+
+
+def _usable(ours: str, examples: Examples, is_plain: bool) -> str | None:
+    """Why a validation or test split cannot be scored, in words; None where it can."""
+    if not sum(examples.shard_sizes):
+        return f"The {ours} split is empty: it is left out."
+    if is_plain and all(label is None or label == -1 for label in examples.labels()):
+        return f"The labels of the {ours} split are hidden: it is left out. Hold images out with --train_val_split."
+    return None
+
+
 def _locate(dataset_name: str | None) -> tuple[DatasetRow, str]:
     """The row of a name and where `datasets` finds it: a known name, then a local folder, then a Hub repository."""
     if dataset_name in DATASETS:
@@ -214,11 +242,12 @@ def _locate(dataset_name: str | None) -> tuple[DatasetRow, str]:
     return DatasetRow(), dataset_name
 
 
-def _split_name(ours: str, row: DatasetRow, available: list[str]) -> str | None:
+def _split_name(ours: str, row: DatasetRow, available: list[str], needs_training: bool) -> str | None:
     # a known row's splits hold as far as they exist: a copy of the dataset may have fewer
     if row.splits:
         return row.splits.get(ours) if row.splits.get(ours) in available else None
-    if ours == "train" and len(available) == 1:
+    named = {name for split, names in SPLIT_NAMES.items() if split != "train" for name in names}
+    if ours == "train" and len(available) == 1 and (needs_training or available[0] not in named):
         return available[0]
     return next((name for name in SPLIT_NAMES[ours] if name in available), None)
 

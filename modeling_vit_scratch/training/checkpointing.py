@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..errors import UserError
+from ..errors import PassingError, UserError
 from .sharding import gathered, own_shard
 
 MANIFEST = "MANIFEST.json"
@@ -87,7 +87,7 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)  # on a full disk its room is needed
         num_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
-        raise UserError(_could_not_write(folder, step, num_bytes, error)) from error
+        raise PassingError(_could_not_write(folder, step, num_bytes, error)) from error
     return target
 
 
@@ -148,7 +148,10 @@ def _digest(handle: Any) -> str:  # Python 3.10 has no hashlib.file_digest
 
 
 def _sync(path: Path):
-    descriptor = os.open(path, os.O_RDONLY)
+    is_windows = os.name == "nt"  # which syncs files that are open for writing, and no folders
+    if is_windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -236,4 +236,7 @@ def exit_code(act: Callable[[], object]) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr, flush=True)
         return 3
+    except KeyboardInterrupt:  # outside of training's steps
+        print("interrupted; a run goes on from its last checkpoint, if there is one.", file=sys.stderr, flush=True)
+        return 3
     return 0

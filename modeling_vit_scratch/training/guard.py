@@ -49,5 +49,6 @@ class FiniteGuard:
         if step >= 0:
             raise UserError(
                 f"The loss or its gradient is not finite at step {step + 1}, rate {rate:.2e}: that step was not taken. "
-                f"{where_to_go_on()} Lower --learning_rate, raise --warmup_steps, or set --max_grad_norm."
+                f"{where_to_go_on()} Lower --learning_rate, raise --warmup_steps, or set --max_grad_norm, in another "
+                "--output_dir."
             )

@@ -59,7 +59,7 @@ from .recording import (
     training_row,
 )
 from .resolution import resolution_of
-from .run_folder import data_facts, open_run
+from .run_folder import data_facts, how_to_go_on, open_run
 from .schedules import check_schedule, in_steps, learning_rate_at, steps_text
 from .sharding import check_recipe, full_tensor, is_sharded, prepare, shard_like_the_trained, whole_network
 from .state import TrainingState
@@ -109,7 +109,9 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         refuse_idle_rates(model, checkpoint_rates(recipe, chosen), recipe.finetune)
     decoder, augment = build_augmentation(recipe, processor)
     batch_size, num_samples, num_labels = recipe.train_batch_size, len(source.splits["train"]), len(source.class_names)
-    if batch_size < world_size * (2 if recipe.streaming else 1):
+    # where processes do not divide the lanes, some have one more of them, at the end of an epoch too
+    least = (3 if recipe.stream_lanes % world_size else 2) if recipe.streaming else 1
+    if batch_size < world_size * least:
         raise UserError(f"--train_batch_size {batch_size} is too small for {world_size} processes.")
     if recipe.streaming and world_size > recipe.stream_lanes:
         lanes = 2 * world_size
@@ -195,7 +197,6 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     if run.checkpoint is not None:
         state.restore(run.checkpoint)
     position, where_to_go_on = state.position, partial(last_checkpoint, state)
-    metrics = MetricsFile(output_dir / "metrics.jsonl", accelerator.is_main_process, position.step)
     start_trackers(accelerator, trackers, recipe.to_dict())
 
     # --- one step
@@ -287,6 +288,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         accelerator.print(warning)
 
     # --- the steps
+    metrics = MetricsFile(output_dir / "metrics.jsonl", accelerator.is_main_process, position.step)
     data_wait = DataWait(workers, num_cores()) if data.resident is None else None
     work = partial(resolution.work, total_steps=total_steps, config=model.config)
     progress = Progress(total_steps, position.step, accelerator.is_main_process, data_wait, work)
@@ -348,7 +350,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
                 interruptions.saved()
                 if stopping:  # after the last step too: what is left are scores, which the same command computes
                     progress.close()
-                    raise Interrupted(f"stopped by a signal; saved {folder}. The same command goes on from there.")
+                    raise Interrupted(f"stopped by a signal; saved {folder}. {how_to_go_on(recipe)}")
             clock = time.perf_counter()
             state.window.started += clock - paused
             if last:
@@ -363,7 +365,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
 
     # --- final scores, once, of the weights that are published
     weights, published_step = "last" if averaged is None else "last, averaged", position.step
-    if recipe.load_best_model_at_end and position.best_step is not None:
+    if recipe.load_best_model_at_end and position.best_step is not None and state.has_best():
         if position.best_step != position.step:
             latest = None
         published_step = state.use_best()

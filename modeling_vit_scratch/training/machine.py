@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ from .recipes import PLACES, Recipe
 Result = TypeVar("Result")
 
 LAUNCHERS = ("accelerate", "torchrun")
+PR_SET_PDEATHSIG = 1  # sys/prctl.h
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 NUM_TURNS = 5  # that a product is timed
 WORTH_A_WARNING = 1.3  # times the seconds of float32
@@ -60,6 +62,12 @@ def launcher() -> psutil.Process | None:
     except psutil.Error:  # the parent's affairs may be nobody else's
         return None
     return parent if any(name in words for name in LAUNCHERS) else None
+
+
+def end_with_launcher():
+    """Has the kernel (Linux) send SIGTERM when the launcher dies, by a signal say: without torchrun it tells nobody."""
+    if sys.platform == "linux" and launcher() is not None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _is_meant_for_several() -> bool:
@@ -104,6 +112,8 @@ def start_accelerator(
         if not trains:
             raise UserError("--use_fsdp has no effect here: only training shards a network. Leave it out.")
         sharding.set_up_environment()
+    if trains:
+        end_with_launcher()
     project = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir))
     handlers = [
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),

@@ -30,8 +30,8 @@ def finished_run(run_dir: str | Path) -> RunRecord:
     missing = [name for name in NEEDED if not (model / name).is_file()]
     if missing:
         raise UserError(
-            f"{model} is not whole, {', '.join(missing)} missing: start the command that trained it again, which "
-            "writes what is missing."
+            f"{model} is not whole, {', '.join(missing)} missing: remove {run.folder}/results.json and start the "
+            "command that trained it again, which scores and writes its last checkpoint."
         )
     return run
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..data.listing import some
 from ..data.splits import Source
 from ..errors import UserError
-from .checkpointing import checkpoints, damage, newest_whole, remove, step_of
+from .checkpointing import PARTIAL, checkpoints, damage, newest_whole, remove, step_of
 from .overrides import may_see_less, parse_overrides
 from .recipes import COUNTED_LENGTHS, MAY_CHANGE_ON_RESUME, Recipe, full_size_step_of, with_defaults
 
@@ -63,8 +63,7 @@ def _open_run(folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[st
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     results = folder / "results.json"
-    begun = (folder / "metrics.jsonl").exists() or checkpoints(folder / "checkpoints")
-    if record.exists() and begun:  # a run that stopped before its first step is nobody's yet
+    if record.exists() and has_begun(folder):
         old = json.loads(record.read_text(encoding="utf-8"))
         _refuse_another_recipe(folder, old, recipe, facts)
         goes_on = any(old.get(name) != getattr(recipe, name) for name in COUNTED_LENGTHS) or _names_checkpoint(recipe)
@@ -72,7 +71,7 @@ def _open_run(folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[st
         note = _compare_data(folder, old, data, goes_on)
         if not goes_on:
             return RunState(results=json.loads(results.read_text(encoding="utf-8")), note=note)
-    elif not record.exists() and folder.exists() and any(folder.iterdir()):
+    elif not record.exists() and folder.exists() and any(not is_partial(path) for path in folder.iterdir()):
         raise UserError(f"--output_dir {folder} holds files but no run; choose a new folder.")
     checkpoint = _checkpoint_to_take(folder / "checkpoints", recipe)
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,8 +79,26 @@ def _open_run(folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[st
     return RunState(checkpoint=checkpoint, note=note)
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a run has left something to go on with; one that stopped before its first step is nobody's yet."""
+    return (folder / "metrics.jsonl").exists() or bool(checkpoints(folder / "checkpoints"))
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a file is what a full disk left of one that was being written."""
+    return path.name.startswith(PARTIAL)
+
+
 def _names_checkpoint(recipe: Recipe) -> bool:
     return recipe.resume_from_checkpoint is not None and recipe.resume_from_checkpoint.lower() != "true"
+
+
+def how_to_go_on(recipe: Recipe) -> str:
+    """The sentence on going on with a run that was stopped: two flags would start it anew, or from where they say."""
+    flags = ["--overwrite_output_dir"] if recipe.overwrite_output_dir else []
+    flags += ["--resume_from_checkpoint"] if _names_checkpoint(recipe) else []
+    without = f", without {' and '.join(flags)}," if flags else ""
+    return f"The same command{without} goes on from there."
 
 
 def _checkpoint_to_take(folder: Path, recipe: Recipe) -> Path | None:
@@ -165,6 +182,10 @@ def _compare_data(folder: Path, old: dict[str, Any], data: dict[str, Any], goes_
 
 def write_json(path: Path, value: dict[str, Any]):
     """Writes a JSON file that is whole or not there."""
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    try:
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

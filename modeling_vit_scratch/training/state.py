@@ -1,5 +1,7 @@
 """What a run carries from step to step, and its way into a checkpoint and back."""
 
+import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from ..errors import UserError
 from .averaging import AveragedWeights
 from .checkpointing import (
+    PARTIAL,
     load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -93,7 +96,13 @@ class TrainingState:
     def _write(self, sums: list[list[float]], model: Tensors, moments: Tensors, averages: Tensors | None):
         scaler = self.accelerator.scaler
         state = {
-            "window": {"sums": sums, "images": self.window.images, "skipped_steps": self.window.skipped_steps},
+            "window": {
+                "sums": sums,
+                "images": self.window.images,
+                "skipped_steps": self.window.skipped_steps,
+                "waited": self.window.waited,
+                "seconds": time.perf_counter() - self.window.started,
+            },
             "position": vars(self.position),
             "num_processes": self.accelerator.num_processes,
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -122,11 +131,25 @@ class TrainingState:
         if accelerator.scaler is not None and state.get("scaler"):
             accelerator.scaler.load_state_dict(state["scaler"])
         accelerator.print(f"going on from {path}")
+        agree(accelerator, lambda: self._bring_best(path))
         if state["num_processes"] != accelerator.num_processes:
             accelerator.print(
                 f"with {accelerator.num_processes} process(es); it was written by {state['num_processes']}"
             )
         self.window = self._restored_window(state["window"])
+
+    def _bring_best(self, path: Path):
+        """Copies the checkpoint that validated best here where the run goes on from one of another folder."""
+        if self.position.best_step is None:
+            return
+        name = step_folder(self.position.best_step)
+        theirs, ours = path.parent / name, self.folder / name
+        if theirs.exists() and not ours.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = self.folder / f"{PARTIAL}{name}"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(theirs, partial)
+            os.rename(partial, ours)
 
     def _restored_window(self, saved: dict[str, Any]) -> Window:
         """The window as this rank left it; with another number of processes, the first one takes all of it."""
@@ -135,7 +158,17 @@ class TrainingState:
         whole = sums.sum(dim=0) * (rank == 0)
         window.sums = sums[rank] if len(sums) == self.accelerator.num_processes else whole
         window.images, window.skipped_steps = saved["images"], saved["skipped_steps"]
+        window.waited = saved.get("waited", 0.0)  # checkpoints of older versions do not say
+        window.started -= saved.get("seconds", 0.0)
         return window
+
+    def has_best(self) -> bool:
+        """Whether the checkpoint that validated best is here; of a run that went on from another's it may not be."""
+        best = self.folder / step_folder(self.position.best_step)
+        if best.exists():
+            return True
+        self.accelerator.print(f"note: {best}, which validated best, is not there: the last weights are published.")
+        return False
 
     def use_best(self) -> int:
         """Puts the weights that validated best into the published network; the step they are of."""

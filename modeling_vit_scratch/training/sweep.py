@@ -7,6 +7,7 @@ are shown, a broken-off one goes on from its checkpoint. Every combination is ch
 import gc
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,14 +19,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from ..errors import UserError
+from ..errors import PassingError, UserError
 from ..results.sweep_plot import COSTS, SCORES, markdown, table, write_sweep
 from . import loop
-from .checkpointing import checkpoints
 from .flags import exit_code
 from .machine import LONGEST_WAIT, agree, check_launch
 from .recipes import MAY_CHANGE_ON_RESUME, with_defaults
-from .run_folder import write_json
+from .run_folder import OURS, has_begun, is_partial, write_json
 from .sweep_grid import Plan, Run, parse_sweep
 
 RECORD = "sweep.json"
@@ -44,12 +44,16 @@ def open_sweep(plan: Plan) -> dict[str, Any]:
     try:
         if path.exists():
             old = json.loads(path.read_text(encoding="utf-8"))
-        elif plan.folder.exists() and any(plan.folder.iterdir()):
+        elif plan.folder.exists() and any(not is_partial(path) for path in plan.folder.iterdir()):
             raise UserError(f"--output_dir {plan.folder} holds files but no sweep; choose a new folder.")
         if old is not None and not plan.base.overwrite_output_dir and any(_has_begun(plan, run) for run in old["runs"]):
             _refuse_another_sweep(plan.folder, old, record)
             record["runs"] = [_found(plan, run, old) for run in record["runs"]]
         plan.folder.mkdir(parents=True, exist_ok=True)
+        if plan.base.overwrite_output_dir:  # one that is not reached must not be taken for one of this sweep
+            for run in plan.runs:
+                if any((plan.folder / run.name / name).exists() for name in OURS):
+                    shutil.rmtree(plan.folder / run.name)
         write_json(path, record)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); start afresh with --overwrite_output_dir.") from error
@@ -59,8 +63,7 @@ def open_sweep(plan: Plan) -> dict[str, Any]:
 
 
 def _has_begun(plan: Plan, run: dict[str, Any]) -> bool:
-    folder = plan.folder / run["name"]
-    return (folder / "metrics.jsonl").exists() or bool(checkpoints(folder / "checkpoints"))
+    return has_begun(plan.folder / run["name"])
 
 
 def _refuse_another_sweep(folder: Path, old: dict[str, Any], new: dict[str, Any]):
@@ -149,6 +152,8 @@ def run_one(plan: Plan, record: dict[str, Any], run: Run, state: PartialState) -
     torch.use_deterministic_algorithms(False)
     try:
         return finished(loop.train(run.recipe, run.chosen))
+    except PassingError:
+        raise  # the same command goes on with this run when it has passed
     except UserError as error:
         if error.met_alone and state.num_processes > 1:
             raise  # the other processes wait for this one
@@ -177,7 +182,8 @@ def _check_has_validation(run: dict[str, Any], metric: str):
 
 def _stop_text(plan: Plan, heading: str, stop: BaseException) -> str:
     where = str(stop) or "stopped outside its steps. The same command goes on from its last checkpoint."
-    afresh = " Leave out --overwrite_output_dir then." if plan.base.overwrite_output_dir else ""
+    is_told = "--overwrite_output_dir" in where
+    afresh = " Leave out --overwrite_output_dir then." if plan.base.overwrite_output_dir and not is_told else ""
     return f"{heading}: {where} Finished runs are not repeated.{afresh}"
 
 
