@@ -79,6 +79,7 @@ def test_long_captions_are_broken_and_unwritable_words_replaced():
     assert caption_lines("cat 0.70 + dog 0.30") == "cat 0.70 + dog\n0.30"
     assert max(map(len, caption_lines("antidisestablishmentarianism 0.5").split("\n"))) <= 20
     assert caption_lines("猫 0.70") == r"\u732b 0.70"  # as predict's grid and the maps of attention write it
+    assert caption_lines("cat 0.70 + 猫 0.30") == "cat 0.70 +\n\\u732b 0.30"
     assert caption_lines("猫" * 20).startswith(r"\u732b\u732b")
 
 

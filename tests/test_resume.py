@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.training import interruptions, loop
 from modeling_vit_scratch.training.checkpointing import checkpoints
 from modeling_vit_scratch.training.interruptions import Interruptions
+from modeling_vit_scratch.training.recording import read_metrics
 
 LENGTH = ["--max_steps", 10, "--train_batch_size", 50, "--logging_steps", 3]
 
@@ -80,11 +82,22 @@ def test_the_best_weights_come_along_from_another_run(tmp_path, capsys):
     assert "which validated best, is not there: the last weights are published" in capsys.readouterr().out
 
 
-def test_the_rate_after_a_resume_counts_the_time_before(tmp_path):
-    run(tmp_path / "run", *LENGTH, "--save_steps", 2, "--save_total_limit", 9)
+def test_the_rate_after_a_resume_counts_the_time_before(tmp_path, monkeypatch):
+    real, slow = loop.evaluate, 1.0
+
+    def slowly(*arguments):
+        time.sleep(slow)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", slowly)
+    often = [*LENGTH, "--save_steps", 2, "--save_total_limit", 9, "--eval_steps", 8]
+    run(tmp_path / "run", *often)
     named = tmp_path / "run" / "checkpoints" / "step-000008"
-    state = json.loads((named / "state.json").read_text())
-    assert state["window"]["images"] == 100 and 0 < state["window"]["seconds"] < 60
+    window = json.loads((named / "state.json").read_text())["window"]
+    assert window["images"] == 100 and 0 < window["seconds"] < slow  # the steps' own
+    run(tmp_path / "other", *often, "--resume_from_checkpoint", named)
+    (row,) = [row for row in read_metrics(tmp_path / "other" / "metrics.jsonl") if row["step"] == 9 and "loss" in row]
+    assert row["images_per_second"] <= 1.01 * 150 / window["seconds"]
 
 
 def test_checkpoints_are_written_by_minutes_too(tmp_path, monkeypatch):

@@ -181,7 +181,17 @@ def test_splits_that_cannot_be_scored_are_left_out_aloud(tmp_path, streaming):
     root = write_splits(tmp_path / "set", train=[0, 1] * 10, test=[-1] * 4, validation=[])
     source = open_source(root, streaming=streaming, train_val_split=0.2)
     assert {split: len(found) for split, found in source.splits.items()} == {"train": 16, "validation": 4}
-    assert any("The labels of the test split are hidden: it is left out." in note for note in source.notes)
+    assert sorted(source.notes) == [
+        "The labels of the test split are hidden: it is left out.", "The validation split is empty: it is left out.",
+    ]  # fmt: skip
+    both = open_source(root, streaming=streaming, train_val_split=0.0, needs_training=False)  # as evaluate opens it
+    assert len(both.splits["test"]) == 4
+
+
+def test_a_set_of_empty_splits_is_one_line(tmp_path):
+    root = write_splits(tmp_path / "set", test=[], validation=[])
+    with pytest.raises(UserError, match=r"its splits \(.*test.*\) are empty"):
+        open_source(root, train_val_split=0.0, needs_training=False)
 
 
 def test_webdataset_folders_are_streamed(tmp_path):

@@ -1,5 +1,6 @@
 """Sweeps: what runs, what is ranked how, what is refused, what goes on."""
 
+import errno
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import torch
 
 from modeling_vit_scratch import cli
 from modeling_vit_scratch.errors import PassingError, UserError
-from modeling_vit_scratch.training import loop
+from modeling_vit_scratch.training import checkpointing, loop
 from modeling_vit_scratch.training.recipes import FIELDS
 from modeling_vit_scratch.training.sweep import sweep
 from modeling_vit_scratch.training.sweep_grid import NOT_SWEPT, parse_axis, parse_sweep
@@ -419,3 +420,19 @@ def test_help_explains_with_an_example(capsys):
     text = capsys.readouterr().out
     example = re.sub(r"\\\n\s*", "", text).split("  vit-scratch sweep ")[1].splitlines()[0]
     assert len(parse_sweep(shlex.split(example)).runs) == 18
+
+
+def test_a_full_disk_ends_a_real_sweep_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    arguments = ["sweep", "--output_dir", str(tmp_path / "s"), *SHORT, "--grid", "learning_rate=1e-2,2e-2"]
+    real = checkpointing.save_file
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpointing, "save_file", full)
+    assert cli.main(arguments) == 2
+    assert "Make room, or mend the disk, and start the same command again." in capsys.readouterr().err
+    record = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert {run["status"] for run in record["runs"]} == {"waiting"}
+    monkeypatch.setattr(checkpointing, "save_file", real)
+    assert cli.main(arguments) == 0

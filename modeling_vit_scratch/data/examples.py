@@ -84,6 +84,10 @@ class TableExamples:
     def labels(self) -> list[Any]:
         return list(self.table[self.label_column])
 
+    def first_labels(self) -> list[Any]:
+        """Some labels."""
+        return list(self.table[:100][self.label_column])
+
 
 def encoded_image(cell: Any) -> bytes | str:
     """The bytes of an image cell of a Hub table (a struct of bytes and path), or its path where it has no bytes."""
@@ -213,6 +217,11 @@ class ParquetExamples:
             table = _read_parquet(url, "its labels", footer, lambda file: file.read(columns=[self.label_column]))
             labels += table.column(0).to_pylist()
         return labels
+
+    def first_labels(self) -> list[Any]:
+        """Some labels, those of one row group, which cost one look at a shard that may be far away."""
+        shard = next(index for index, size in enumerate(self.shard_sizes) if size)
+        return self._row_group(shard, 0)[1].to_pylist()
 
 
 class TarExamples:

@@ -141,7 +141,7 @@ def _open_table(
     if (theirs["train"] is None and needs_training) or not used:
         raise UserError(f"{dataset_name} has no training split; it has: {', '.join(files)}.")
     is_told = (label_column or row.label_column) is not None
-    first = next(iter(used))  # training's, where there is one, tells the types of columns
+    first, empty = next(iter(used)), []  # training's, where there is one, tells the types of columns
     image_column, label_column = image_column or row.image_column, label_column or row.label_column
 
     if kind == "webdataset" and streaming:
@@ -163,8 +163,7 @@ def _open_table(
         if kind != "parquet":
             raise UserError(
                 f"{dataset_name} is stored as {'single files' if kind.endswith('folder') else kind}; --streaming true "
-                "reads parquet and webdataset. "
-                "Use --streaming false, or a copy in parquet."
+                "reads parquet and webdataset. Use --streaming false, or a copy in parquet."
             )
         with hub_errors(str(dataset_name)), quiet_hub():
             features = _stream_features(files[used[first]][0], builder.info.features)
@@ -174,8 +173,11 @@ def _open_table(
     else:
         with hub_errors(dataset_name), quiet_hub():
             tables = {ours: _load_split(location, config_name, ours, split) for ours, split in used.items()}
+        empty = [ours for ours, table in tables.items() if table is None]
         tables = {ours: table for ours, table in tables.items() if table is not None}
-        features = tables[first].features
+        if not tables:
+            raise UserError(f"{dataset_name}: its splits ({', '.join(used.values())}) are empty.")
+        features = next(iter(tables.values())).features
         columns = find_columns(features, image_column, label_column, dataset_name)
         examples = {
             ours: TableExamples(table, *columns, f"{Path(dataset_name).name} {ours}") for ours, table in tables.items()
@@ -185,6 +187,7 @@ def _open_table(
     ruling = [examples["train"]] if "train" in used else list(examples.values())
     class_names, label_ids = _classes(feature.feature if is_multi_label else feature, ruling, is_multi_label)
     notes = [] if is_told else _other_labels(features, columns[1])
+    notes += [f"The {ours} split is empty: it is left out." for ours in empty]
     if needs_training:
         is_plain = kind != "webdataset" and not is_multi_label  # a tar is read whole for its labels
         for ours in [ours for ours in examples if ours != "train"]:
@@ -223,9 +226,13 @@ def _usable(ours: str, examples: Examples, is_plain: bool) -> str | None:
     """Why a validation or test split cannot be scored, in words; None where it can."""
     if not sum(examples.shard_sizes):
         return f"The {ours} split is empty: it is left out."
-    if is_plain and all(label is None or label == -1 for label in examples.labels()):
-        return f"The labels of the {ours} split are hidden: it is left out. Hold images out with --train_val_split."
+    if is_plain and _are_hidden(examples.first_labels()) and _are_hidden(examples.labels()):
+        return f"The labels of the {ours} split are hidden: it is left out."
     return None
+
+
+def _are_hidden(labels: list[Any]) -> bool:
+    return all(label is None or label == -1 for label in labels)
 
 
 def _locate(dataset_name: str | None) -> tuple[DatasetRow, str]:

@@ -1,5 +1,7 @@
 """Checks of the layers: residual connections, norms, activations, dropout, and sizes over depth and precision."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -25,7 +27,7 @@ def residual_connections(subject: Subject) -> Verdict:
             if id(parameter) not in norms:
                 parameter.zero_()
         agreement = _agreement(layer.tokens, layer.again(layer.tokens))
-        if not agreement >= worst:  # nor is NaN
+        if agreement < worst or math.isnan(agreement):
             worst, where = agreement, layer.name
     is_passed = worst > 0.5  # it is 0 where a residual connection is missing
     return Verdict(

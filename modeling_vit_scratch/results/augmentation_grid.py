@@ -78,9 +78,9 @@ def pixels_of(image: np.ndarray) -> np.ndarray:
 def caption_lines(caption: str) -> str:
     """The caption broken at its spaces into lines that fit under an image."""
     lines: list[str] = []
-    for word in caption.split():
+    for word in map(name_of, caption.split()):
         if lines and len(lines[-1]) + 1 + len(word) <= LONGEST_LINE:
             lines[-1] += f" {word}"
         else:
-            lines.append(name_of(word))
+            lines.append(word)
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """`vit-scratch export`: images of a dataset as files in a folder a class, as a person looks at them."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ from .scoring import SPLITS, open_split
 
 SHARED = ("dataset_name", "dataset_config_name", "image_column_name", "label_column_name", "streaming")
 DEFAULT_COUNT = 9
-ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}  # of Pillow's formats; else the format's own name
+NUM_AT_ONCE = 256  # images in memory
+ENDINGS = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "TIFF": ".tif",
+    "JPEG2000": ".jp2",
+}  # of Pillow's formats; else the format's own name
 
 
 def export(source: Source, split: str, samples: Sequence[int], folder: Path) -> tuple[list[Path], list[str]]:
@@ -28,20 +35,23 @@ def export(source: Source, split: str, samples: Sequence[int], folder: Path) -> 
     where images have several classes a metadata.jsonl names them: as --train_dir and `predict` read folders. Encoded
     images are written as they are, pixels as PNG. Raises UserError where the folder cannot be written.
     """
-    examples = RowReader(source, source.splits[split]).examples(np.asarray(samples, dtype=np.int64))
+    reader, folders = RowReader(source, source.splits[split]), _class_folders(source)
     written, left_out, rows = [], [], []
     try:
-        for sample, example in zip(samples, examples, strict=True):
-            place = folder if source.is_multi_label else folder / _class_folder(source, example)
-            place.mkdir(parents=True, exist_ok=True)
-            try:
-                written.append(_write(example, place / f"{split}-{sample:06d}"))
-            except BadImageError as error:
-                left_out.append(str(error))
-                continue
-            if source.is_multi_label:
-                ids = source.label_set(example.label, example.name)
-                rows.append({"file_name": written[-1].name, "labels": [source.class_names[index] for index in ids]})
+        for start in range(0, len(samples), NUM_AT_ONCE):
+            chunk = samples[start : start + NUM_AT_ONCE]
+            for sample, example in zip(chunk, reader.examples(np.asarray(chunk, dtype=np.int64)), strict=True):
+                ids = _class_ids(source, example)
+                place = folder / folders[ids[0]] if ids and not source.is_multi_label else folder
+                place.mkdir(parents=True, exist_ok=True)
+                try:
+                    written.append(_write(example, place / f"{split}-{sample:06d}"))
+                except BadImageError as error:
+                    left_out.append(str(error))
+                    continue
+                if source.is_multi_label:
+                    names = [source.class_names[index] for index in ids]
+                    rows.append({"file_name": written[-1].name, "labels": names})
         if rows:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
@@ -50,12 +60,23 @@ def export(source: Source, split: str, samples: Sequence[int], folder: Path) -> 
     return written, left_out
 
 
-def _class_folder(source: Source, example: Example) -> str:
+def _class_ids(source: Source, example: Example) -> tuple[int, ...]:
+    """The classes of an image; none where its label is no class's, for the Hub hides the labels of some test splits."""
     try:
-        name = source.class_names[source.label_id(example.label, example.name)]
+        if source.is_multi_label:
+            return source.label_set(example.label, example.name)
+        return (source.label_id(example.label, example.name),)
     except UserError:
-        return "."  # the Hub hides the labels of some test splits
-    return name.replace("/", "_").replace("\\", "_").lstrip(".") or "_"
+        return ()
+
+
+def _class_folders(source: Source) -> list[str]:
+    """A folder's name for each class. Raises UserError where two classes would have the same."""
+    names = [name.replace("/", "_").replace("\\", "_").lstrip(".") or "_" for name in source.class_names]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice and not source.is_multi_label:
+        raise UserError(f"{source.name} has several classes that would lie in the folder {twice[0]!r}.")
+    return names
 
 
 def _write(example: Example, stem: Path) -> Path:

@@ -346,7 +346,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             stopping, minutes_are_up = interruptions.after(position.step)
             if is_best or is_saved or minutes_are_up or last or stopping:
                 guard.check(rate, where_to_go_on)  # what it found must not be lost with it
-                folder = state.save()
+                folder = state.save(paused)
                 interruptions.saved()
                 if stopping:  # after the last step too: what is left are scores, which the same command computes
                     progress.close()

@@ -26,7 +26,7 @@ from accelerate.utils import (
     gather_object,
 )
 
-from ..errors import UserError
+from ..errors import PassingError, UserError
 from . import sharding
 from .recipes import PLACES, Recipe
 
@@ -206,12 +206,12 @@ def first_on_each_node(accelerator: Accelerator, act: Callable[[], Result]) -> R
             try:
                 result = act()
             except UserError as error:
-                wrong = str(error)
+                wrong = _told(error)
         accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
-        wrong = next((text for text in gather_object([wrong]) if text is not None), None)
+        wrong = next((told for told in gather_object([wrong]) if told is not None), None)
     if wrong is not None:
-        raise UserError(wrong)
+        raise _error(*wrong)
     return result
 
 
@@ -222,12 +222,21 @@ def agree(accelerator: Accelerator, decide: Callable[[], Result]) -> Result:
         try:
             outcome[0] = decide()
         except UserError as error:
-            outcome[1] = str(error)
+            outcome[1] = _told(error)
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        raise _error(*outcome[1])
     return outcome[0]
+
+
+def _told(error: UserError) -> tuple[bool, str]:
+    """What other processes are told of an error: whether it passes, and its text."""
+    return isinstance(error, PassingError), str(error)
+
+
+def _error(passes: bool, text: str) -> UserError:
+    return PassingError(text) if passes else UserError(text)
 
 
 def gather_batch(

@@ -299,7 +299,7 @@ def with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
 MAY_CHANGE_ON_RESUME = frozenset(
     {
         "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_minutes",
-        "save_total_limit", "report_to", "dataloader_num_workers", "cpu_threads", "eval_batch_size",
+        "save_total_limit", "report_to", "max_bad_images", "dataloader_num_workers", "cpu_threads", "eval_batch_size",
         "push_to_hub", "hub_model_id", "hub_private_repo",
     }
 )  # fmt: skip

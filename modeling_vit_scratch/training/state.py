@@ -12,10 +12,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from ..errors import UserError
+from ..errors import PassingError, UserError
 from .averaging import AveragedWeights
 from .checkpointing import (
     PARTIAL,
+    damage,
     load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -72,6 +73,7 @@ class TrainingState:
         self.parameter_names = parameter_names  # in the order of the optimizer's parameters
         self.folder, self.save_total_limit, self.describe = folder, save_total_limit, describe
         self.position = Position()
+        self.came_from = folder  # where the checkpoint lay that the run goes on from
         self.window = self.new_window()
 
     def new_window(self) -> Window:
@@ -82,18 +84,24 @@ class TrainingState:
         """The network that is evaluated and saved: the averaged one where there is one."""
         return self.model if self.averaged is None else self.averaged.model
 
-    def save(self) -> Path:
+    def save(self, paused: float | None = None) -> Path:
         """The path of a checkpoint of this moment, which the main process writes. Raises UserError in all of them
-        where it cannot."""
+        where it cannot.
+
+        paused: the moment (time.perf_counter) when the last step was taken, where other things were done since.
+        """
+        seconds = (time.perf_counter() if paused is None else paused) - self.window.started
         sums = self.accelerator.gather(self.window.sums[None]).tolist()  # through JSON and back without loss
         is_main = self.accelerator.is_main_process
         model = gathered(self.model.state_dict(), is_main)
         moments = optimizer_tensors(self.optimizer.optimizer, self.parameter_names, is_main)
         averages = None if self.averaged is None else gathered(self.averaged.model.state_dict(), is_main)
-        agree(self.accelerator, lambda: self._write(sums, model, moments, averages))
+        agree(self.accelerator, lambda: self._write(sums, seconds, model, moments, averages))
         return self.folder / step_folder(self.position.step)
 
-    def _write(self, sums: list[list[float]], model: Tensors, moments: Tensors, averages: Tensors | None):
+    def _write(
+        self, sums: list[list[float]], seconds: float, model: Tensors, moments: Tensors, averages: Tensors | None
+    ):
         scaler = self.accelerator.scaler
         state = {
             "window": {
@@ -101,7 +109,7 @@ class TrainingState:
                 "images": self.window.images,
                 "skipped_steps": self.window.skipped_steps,
                 "waited": self.window.waited,
-                "seconds": time.perf_counter() - self.window.started,
+                "seconds": seconds,
             },
             "position": vars(self.position),
             "num_processes": self.accelerator.num_processes,
@@ -109,6 +117,7 @@ class TrainingState:
         }
         step = self.position.step
         save_checkpoint(self.folder, step, model, moments, state, averages, self.describe(step))
+        self._bring_best()  # not before there is a checkpoint of this run, which would be gone on from else
         prune(self.folder, self.save_total_limit, self.position.best_step)
 
     def restore(self, path: Path):
@@ -131,25 +140,31 @@ class TrainingState:
         if accelerator.scaler is not None and state.get("scaler"):
             accelerator.scaler.load_state_dict(state["scaler"])
         accelerator.print(f"going on from {path}")
-        agree(accelerator, lambda: self._bring_best(path))
+        self.came_from = path.parent
         if state["num_processes"] != accelerator.num_processes:
             accelerator.print(
                 f"with {accelerator.num_processes} process(es); it was written by {state['num_processes']}"
             )
         self.window = self._restored_window(state["window"])
 
-    def _bring_best(self, path: Path):
-        """Copies the checkpoint that validated best here where the run goes on from one of another folder."""
+    def _bring_best(self):
+        """Copies the checkpoint that validated best beside those of this run, which goes on from another's folder."""
         if self.position.best_step is None:
             return
         name = step_folder(self.position.best_step)
-        theirs, ours = path.parent / name, self.folder / name
-        if theirs.exists() and not ours.exists():
+        theirs, ours, partial = self.came_from / name, self.folder / name, self.folder / f"{PARTIAL}{name}"
+        if ours.exists() or not theirs.exists() or damage(theirs) is not None:
+            return
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / f"{PARTIAL}{name}"
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(theirs, partial)
             os.rename(partial, ours)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise PassingError(
+                f"{theirs} could not be copied to {self.folder}: {error}. Make room, then go on."
+            ) from error
 
     def _restored_window(self, saved: dict[str, Any]) -> Window:
         """The window as this rank left it; with another number of processes, the first one takes all of it."""
@@ -165,7 +180,12 @@ class TrainingState:
     def has_best(self) -> bool:
         """Whether the checkpoint that validated best is here; of a run that went on from another's it may not be."""
         best = self.folder / step_folder(self.position.best_step)
-        if best.exists():
+
+        def is_here() -> bool:
+            self._bring_best()  # nothing was saved where no step was left to take
+            return best.exists()
+
+        if agree(self.accelerator, is_here):
             return True
         self.accelerator.print(f"note: {best}, which validated best, is not there: the last weights are published.")
         return False

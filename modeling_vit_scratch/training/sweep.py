@@ -143,7 +143,7 @@ def sweep(plan: Plan) -> dict[str, Any]:
 def run_one(plan: Plan, record: dict[str, Any], run: Run, state: PartialState) -> dict[str, Any]:
     """What the record keeps of one run, failed ones included.
 
-    Raises the run's own UserError where it would hit every run: no run of this sweep has taken a step yet.
+    Raises the run's own UserError where it would hit every run: no run of this sweep has found its data yet.
     """
     if run.recipe.torch_compile:
         torch.compiler.reset()  # else the eighth network of a sweep runs uncompiled: torch's recompile limit
@@ -162,8 +162,9 @@ def run_one(plan: Plan, record: dict[str, Any], run: Run, state: PartialState) -
         if state.num_processes > 1:
             raise
         wrong = UserError(f"Out of memory ({str(error).partition('.')[0]}); a smaller network or batch would fit.")
-    begun = agree(state, lambda: any(_has_begun(plan, other) for other in record["runs"]))
-    if not begun:
+    # a run that has written down its recipe has found its data: what stops it then may be a value of the grid
+    folders = [plan.folder / other["name"] for other in record["runs"]]
+    if not agree(state, lambda: any(has_begun(folder) or (folder / "recipe.json").exists() for folder in folders)):
         raise wrong
     sentence = " ".join(str(wrong).split()).replace(str(plan.folder / run.name), run.name)
     wrong.__traceback__ = None  # it holds the network
