@@ -1,6 +1,7 @@
 """Facts of the machine: launches that went wrong, and what one process meets alone."""
 
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import psutil
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from modeling_vit_scratch.data import loading
-from modeling_vit_scratch.errors import UserError
+from modeling_vit_scratch.errors import PassingError, UserError
 from modeling_vit_scratch.training import machine
 from modeling_vit_scratch.training.recipes import Recipe
 
@@ -33,20 +34,26 @@ def test_an_address_that_the_shell_names_is_no_launch_of_several(monkeypatch, by
 
 def test_what_one_process_meets_alone_is_raised_in_all(monkeypatch):
     """Three processes of one node; the Hub refuses the last one."""
-    met = [None, None, "the server answered 429"]
-    monkeypatch.setattr(machine, "gather_object", lambda own: met)
+    met: list[UserError | None] = [None, None, PassingError("the server answered 429")]
+    told: list = [None] * 3
 
     def act(rank):
         if met[rank] is not None:
-            raise UserError(met[rank])
+            raise met[rank]
         return rank
 
-    for rank in range(3):
+    def gathered(rank, own):
+        told[rank] = own[0]
+        return told
+
+    for rank in (2, 0, 1):  # the one that was refused tells first
+        monkeypatch.setattr(machine, "gather_object", partial(gathered, rank))
         accelerator = SimpleNamespace(is_local_main_process=rank == 0, num_processes=3, wait_for_everyone=lambda: None)
-        with pytest.raises(UserError, match="429"):
-            machine.first_on_each_node(accelerator, lambda rank=rank: act(rank))
-    met[2] = None
-    assert machine.first_on_each_node(accelerator, lambda: act(2)) == 2
+        with pytest.raises(PassingError, match="429"):  # of its kind
+            machine.first_on_each_node(accelerator, partial(act, rank))
+    met[2] = told[2] = None
+    monkeypatch.setattr(machine, "gather_object", partial(gathered, 2))
+    assert machine.first_on_each_node(accelerator, partial(act, 2)) == 2
 
 
 def test_deterministic_algorithms_are_for_gpus(monkeypatch):
