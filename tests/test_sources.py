@@ -159,9 +159,11 @@ def write_splits(root, **labels_of):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     (root / "data").mkdir(parents=True)
     for split, labels in labels_of.items():
-        columns = {"image": make_images(len(labels), seed=len(labels)), "label": labels}
-        table = datasets.Dataset.from_dict(columns, features=features)
-        table.to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
+        file = root / "data" / f"{split}-00000-of-00001.parquet"
+        columns = {"image": make_images(len(labels) or 1, seed=len(labels)), "label": labels or [0]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(file)
+        if not labels:  # datasets 4.8 does not write an empty table
+            pq.ParquetWriter(file, pq.read_schema(file)).close()
     return str(root)
 
 
