@@ -44,6 +44,9 @@ DATASETS: dict[str, DatasetRow] = {
 }  # fmt: skip
 
 
+EMPTY = "The {} split is empty: it is left out."
+
+
 def open_source(
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
@@ -187,7 +190,7 @@ def _open_table(
     ruling = [examples["train"]] if "train" in used else list(examples.values())
     class_names, label_ids = _classes(feature.feature if is_multi_label else feature, ruling, is_multi_label)
     notes = [] if is_told else _other_labels(features, columns[1])
-    notes += [f"The {ours} split is empty: it is left out." for ours in empty]
+    notes += [EMPTY.format(ours) for ours in empty]
     if needs_training:
         is_plain = kind != "webdataset" and not is_multi_label  # a tar is read whole for its labels
         for ours in [ours for ours in examples if ours != "train"]:
@@ -225,7 +228,7 @@ def _load_split(location: str, config_name: str | None, ours: str, split: str) -
 def _usable(ours: str, examples: Examples, is_plain: bool) -> str | None:
     """Why a validation or test split cannot be scored, in words; None where it can."""
     if not sum(examples.shard_sizes):
-        return f"The {ours} split is empty: it is left out."
+        return EMPTY.format(ours)
     if is_plain and _are_hidden(examples.first_labels()) and _are_hidden(examples.labels()):
         return f"The labels of the {ours} split are hidden: it is left out."
     return None

@@ -116,6 +116,10 @@ class Source:
         vector[list(self.label_set(label, where))] = 1
         return vector
 
+    def class_ids(self, label: Any, where: str) -> tuple[int, ...]:
+        """The ids of an image's classes: one, or any number where images have several. Raises as the two above."""
+        return self.label_set(label, where) if self.is_multi_label else (self.label_id(label, where),)
+
     def label_ids_of(self, split_name: str) -> np.ndarray:
         """The class id of every sample of a split (N,), in the split's own order; reads labels, decodes nothing.
 

@@ -145,10 +145,7 @@ def _classes(images: Images, example: Example) -> tuple[str, ...] | None:
     """The names of its classes; None, and a line among the strangers, for a label of no class."""
     source = images.source
     try:
-        if source.is_multi_label:
-            ids = source.label_set(example.label, example.name)
-        else:
-            ids = (source.label_id(example.label, example.name),)
+        ids = source.class_ids(example.label, example.name)
     except UserError as error:
         images.strangers.append(str(error))
         return None

@@ -13,19 +13,15 @@ from ..data.examples import Example
 from ..data.loading import RowReader
 from ..data.splits import Source
 from ..errors import UserError
-from .flags import Parser, exit_code, parse_value
-from .recipes import FIELDS, Recipe
-from .scoring import SPLITS, open_split
+from .flags import Parser, exit_code
+from .recipes import FIELDS
+from .scoring import SPLITS, add_trainers_flags, open_split, trainers_options
 
-SHARED = ("dataset_name", "dataset_config_name", "image_column_name", "label_column_name", "streaming")
+SHARED = ("dataset_config_name", "image_column_name", "label_column_name", "streaming")  # beside --dataset_name
 DEFAULT_COUNT = 9
 NUM_AT_ONCE = 256  # images in memory
-ENDINGS = {
-    "JPEG": ".jpg",
-    "MPO": ".jpg",
-    "TIFF": ".tif",
-    "JPEG2000": ".jp2",
-}  # of Pillow's formats; else the format's own name
+# of Pillow's formats; else the format's own name
+ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
 
 
 def export(source: Source, split: str, samples: Sequence[int], folder: Path) -> tuple[list[Path], list[str]]:
@@ -63,9 +59,7 @@ def export(source: Source, split: str, samples: Sequence[int], folder: Path) -> 
 def _class_ids(source: Source, example: Example) -> tuple[int, ...]:
     """The classes of an image; none where its label is no class's, for the Hub hides the labels of some test splits."""
     try:
-        if source.is_multi_label:
-            return source.label_set(example.label, example.name)
-        return (source.label_id(example.label, example.name),)
+        return source.class_ids(example.label, example.name)
     except UserError:
         return ()
 
@@ -81,13 +75,12 @@ def _class_folders(source: Source) -> list[str]:
 
 def _write(example: Example, stem: Path) -> Path:
     with opened(example) as image:
-        if isinstance(example.image, np.ndarray):
-            path = stem.with_name(f"{stem.name}.png")
+        raw, is_array = example.image, isinstance(example.image, np.ndarray)
+        ending = ".png" if is_array else ENDINGS.get(image.format, f".{image.format.lower()}")
+        path = stem.with_name(stem.name + ending)
+        if is_array:
             image.save(path)
             return path
-        ending = ENDINGS.get(image.format, f".{image.format.lower()}")
-    raw = example.image
-    path = stem.with_name(stem.name + ending)
     path.write_bytes(Path(raw).read_bytes() if isinstance(raw, str) else raw)
     return path
 
@@ -102,11 +95,8 @@ def build_parser() -> Parser:
         "attention, or as --train_dir.",
         allow_abbrev=False,
     )
-    for name in SHARED:
-        value = {"nargs": "?", "const": "true"} if name == "streaming" else {}
-        metavar = "BOOL" if name == "streaming" else "NAME"
-        needed = name == "dataset_name"
-        parser.add_argument(f"--{name}", metavar=metavar, required=needed, help=FIELDS[name].metadata["help"], **value)
+    parser.add_argument("--dataset_name", required=True, help=FIELDS["dataset_name"].metadata["help"])
+    add_trainers_flags(parser, SHARED)
     parser.add_argument("--split", help=f"{', '.join(SPLITS)} [test, else validation]")
     parser.add_argument("--index", metavar="INT,INT", help="the images' places in the split, from 0 on")
     parser.add_argument("--count", metavar="INT", type=int, help=f"or so many from the first on [{DEFAULT_COUNT}]")
@@ -124,9 +114,7 @@ def _run(own: Any):
     folder = own.output_dir.expanduser()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"--output_dir {folder} is not empty: name another folder.")
-    options = Recipe(
-        **{name: parse_value(name, getattr(own, name)) for name in SHARED if getattr(own, name) is not None}
-    )
+    options = trainers_options(own, ("dataset_name", *SHARED))
     source, split = open_split(options, None, own.split)
     samples = _samples(own, len(source.splits[split]))
     written, left_out = export(source, split, samples, folder)

@@ -257,14 +257,30 @@ def build_parser() -> Parser:
         "--match_classes", default="name", help="how the data's classes are those of the model: name, position [name]"
     )
     texts = {"bad_images": "images that cannot be read: stop at the first (error), or leave them out (skip)"}
-    for name in SHARED:
-        item = FIELDS[name]
-        default = "" if item.default is None else f" [{item.default}]"
-        value = {"nargs": "?", "const": "true"} if name == "streaming" else {}
-        parser.add_argument(f"--{name}", help=texts.get(name, item.metadata["help"]) + default, **value)
+    add_trainers_flags(parser, SHARED, texts)
     parser.add_argument("--output", metavar="FILE", help="writes all of it, and the machine, as JSON")
     parser.add_argument("-o", "--picture", metavar="FILE", help="draws the confusion matrix into this PNG")
     return parser
+
+
+def add_trainers_flags(parser: Parser, names: Iterable[str], texts: dict[str, str] | None = None):
+    """Adds flags of the trainer that mean the same here, with its help or with `texts`."""
+    for name in names:
+        item = FIELDS[name]
+        default = "" if item.default is None else f" [{item.default}]"
+        value = {"nargs": "?", "const": "true"} if name == "streaming" else {}
+        parser.add_argument(f"--{name}", help=(texts or {}).get(name, item.metadata["help"]) + default, **value)
+
+
+def trainers_options(own: Any, names: Iterable[str], **fields: Any) -> Recipe:
+    """Those of these flags that were given, and `fields`, as a recipe; raises UserError for one without effect."""
+    given = {name: parse_value(name, getattr(own, name)) for name in names if getattr(own, name) is not None}
+    options = Recipe(**{**given, **fields})
+    for name in given:
+        is_idle, reason = IDLE_IN_RECIPE.get(name, (lambda _: False, ""))
+        if is_idle(options):
+            raise UserError(f"--{name} has no effect here: {reason}.")
+    return options
 
 
 def main(arguments: list[str]) -> int:
@@ -310,14 +326,10 @@ def _run(own: Any):
 
 def _options(own: Any) -> Recipe:
     """The shared flags as fields of a recipe, checked as the trainer checks them."""
-    given = {name: parse_value(name, getattr(own, name)) for name in SHARED if getattr(own, name) is not None}
-    options = Recipe(**{**given, "train_dir": own.test_dir})  # what has no effect on a folder has none on either
-    if (own.test_dir is None) == (options.dataset_name is None):
+    if (own.test_dir is None) == (own.dataset_name is None):
         raise UserError("Say what to score: either --test_dir FOLDER or --dataset_name NAME.")
-    for name in given:
-        is_idle, reason = IDLE_IN_RECIPE.get(name, (lambda _: False, ""))
-        if is_idle(options):
-            raise UserError(f"--{name} has no effect here: {reason}.")
+    # what has no effect on a folder of training has none on one that is scored
+    options = trainers_options(own, SHARED, train_dir=own.test_dir)
     if options.streaming and (own.test_dir is not None or options.dataset_name == "digits"):
         raise UserError("--streaming has no effect here: only datasets in a Hub repository's layout are streamed.")
     if own.split is not None and own.test_dir is not None:

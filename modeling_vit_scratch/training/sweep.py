@@ -46,7 +46,8 @@ def open_sweep(plan: Plan) -> dict[str, Any]:
             old = json.loads(path.read_text(encoding="utf-8"))
         elif plan.folder.exists() and any(not is_partial(path) for path in plan.folder.iterdir()):
             raise UserError(f"--output_dir {plan.folder} holds files but no sweep; choose a new folder.")
-        if old is not None and not plan.base.overwrite_output_dir and any(_has_begun(plan, run) for run in old["runs"]):
+        is_kept = old is not None and not plan.base.overwrite_output_dir
+        if is_kept and any(has_begun(plan.folder / run["name"]) for run in old["runs"]):
             _refuse_another_sweep(plan.folder, old, record)
             record["runs"] = [_found(plan, run, old) for run in record["runs"]]
         plan.folder.mkdir(parents=True, exist_ok=True)
@@ -60,10 +61,6 @@ def open_sweep(plan: Plan) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--output_dir {plan.folder} cannot be used: {error}.") from error
     return record
-
-
-def _has_begun(plan: Plan, run: dict[str, Any]) -> bool:
-    return has_begun(plan.folder / run["name"])
 
 
 def _refuse_another_sweep(folder: Path, old: dict[str, Any], new: dict[str, Any]):
