@@ -14,7 +14,7 @@ from PIL import Image
 from test_run_train import equal, metrics, run, weights
 
 from modeling_vit_scratch.errors import UserError
-from modeling_vit_scratch.training import interruptions, loop
+from modeling_vit_scratch.training import evaluation, interruptions, loop
 from modeling_vit_scratch.training.checkpointing import checkpoints
 from modeling_vit_scratch.training.interruptions import Interruptions
 from modeling_vit_scratch.training.recording import read_metrics
@@ -44,6 +44,46 @@ def test_a_signal_saves_and_the_same_command_ends_as_if_there_had_been_none(name
     monkeypatch.setattr(loop, "learning_rate_at", real)
     assert run(tmp_path / "run", *LENGTH)["test_loss"] == expected["test_loss"]
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "during, flags",
+    [
+        (4, ["--load_best_model_at_end", "true"]),
+        (4, ["--early_stopping_patience", 1, "--learning_rate", 0.5, "--warmup_steps", 0]),
+        (10, []),  # the last step's: the scores of the end are the same ones
+    ],
+)
+def test_a_signal_during_an_evaluation_gives_it_up_and_the_same_command_owes_it(during, flags, tmp_path, monkeypatch):
+    often = [*LENGTH, "--eval_steps", 2, "--eval_batch_size", 7, *flags]
+    expected = run(tmp_path / "whole", *often)
+    real_scores, real_pixels, scored_steps, batches = loop.evaluate, evaluation.normalise, [], []
+
+    def noted(*arguments):
+        batches.clear()
+        found = real_scores(*arguments)
+        scored_steps.append(len(batches))
+        return found
+
+    def signalled(*arguments):
+        batches.append(1)
+        if len(batches) == 3 and len(scored_steps) == during // 2 - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_pixels(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", noted)
+    monkeypatch.setattr(evaluation, "normalise", signalled)
+    for _ in range(2):  # a second signal while it is made up for
+        with pytest.raises(loop.Interrupted, match=f"saved .*step-0000{during:02}"):
+            run(tmp_path / "run", *often)
+        assert len(batches) == 3  # and no further
+        assert [row["step"] for row in metrics(tmp_path / "run") if "eval_loss" in row] == list(range(2, during, 2))
+    monkeypatch.setattr(evaluation, "normalise", real_pixels)
+    results = run(tmp_path / "run", *often)
+    same = ("test_loss", "validation_loss", "weights", "steps")
+    assert {name: results[name] for name in same} == {name: expected[name] for name in same}
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
 @pytest.mark.parametrize("flag", ["--overwrite_output_dir", "--resume_from_checkpoint"])
@@ -127,15 +167,17 @@ class Pair:
         )  # fmt: skip
 
 
-def test_two_processes_stop_after_the_same_step_whoever_got_the_signal():
+@pytest.mark.parametrize("where", ["steps", "an evaluation's batches"])
+def test_two_processes_stop_after_the_same_step_whoever_got_the_signal(where):
     pair, stopped_at = Pair(), {}
 
     def process(rank):
         listener = Interruptions(pair.member(rank), None, step=0)
+        stops = listener.among_batches() if where != "steps" else lambda step: listener.after(step)[0]
         for step in range(1, 500):
             if rank == 1 and step == 150:
                 listener.received.append(signal.SIGTERM)
-            if listener.after(step)[0]:
+            if stops(step):
                 stopped_at[rank] = step
                 return
 

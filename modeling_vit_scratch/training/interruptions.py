@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ class Interruptions:
     def __init__(self, accelerator: Accelerator, save_minutes: float | None, step: int):
         self.accelerator, self.save_seconds = accelerator, None if save_minutes is None else 60 * save_minutes
         self.received: list[int] = []
-        self.next_agreement, self.last_step = step + 1, step
-        self.looked_at = self.saved_at = time.monotonic()
+        self._steps = _Looks(accelerator, step)
+        self.saved_at = time.monotonic()
 
     def __enter__(self) -> "Interruptions":
         try:
@@ -51,14 +52,31 @@ class Interruptions:
         """(whether to stop, whether the minutes are up) after this step; the same in all processes."""
         now = time.monotonic()
         is_due = self.save_seconds is not None and now - self.saved_at >= self.save_seconds
-        if self.accelerator.num_processes == 1:
-            return bool(self.received), is_due
-        if step < self.next_agreement:
-            return False, False
-        rate = max(step - self.last_step, 1) / max(now - self.looked_at, 1e-9)  # steps a second
-        wait = min(max(int(rate * AGREEMENT_SECONDS), 1), MOST_STEPS)
-        is_main = self.accelerator.is_main_process
-        wishes = torch.tensor([len(self.received), is_main and is_due, is_main * wait], device=self.accelerator.device)
-        num_signals, is_due, wait = self.accelerator.reduce(wishes, reduction="sum").tolist()
-        self.next_agreement, self.last_step, self.looked_at = step + wait, step, time.monotonic()
+        num_signals, is_due = self._steps.agree(step, len(self.received), is_due and self.accelerator.is_main_process)
         return bool(num_signals), bool(is_due)
+
+    def among_batches(self) -> Callable[[int], bool]:
+        """A function for the batches of an evaluation: whether to stop after this one, the same in all processes."""
+        looks = _Looks(self.accelerator, 0)
+        return lambda turn: bool(looks.agree(turn, len(self.received))[0])
+
+
+class _Looks:
+    """What processes tell each other about once a second, at the same of their steps."""
+
+    def __init__(self, accelerator: Accelerator, step: int):
+        self.accelerator = accelerator
+        self.next_step, self.last_step, self.looked_at = step + 1, step, time.monotonic()
+
+    def agree(self, step: int, *wishes: int) -> list[int]:
+        """The wishes, each summed over the processes; zeros where it is not time yet."""
+        if self.accelerator.num_processes == 1:
+            return list(wishes)
+        if step < self.next_step:
+            return [0] * len(wishes)
+        rate = max(step - self.last_step, 1) / max(time.monotonic() - self.looked_at, 1e-9)  # steps a second
+        wait = min(max(int(rate * AGREEMENT_SECONDS), 1), MOST_STEPS)  # the main process's counts
+        own = torch.tensor([*wishes, self.accelerator.is_main_process * wait], device=self.accelerator.device)
+        *sums, wait = self.accelerator.reduce(own, reduction="sum").tolist()
+        self.next_step, self.last_step, self.looked_at = step + wait, step, time.monotonic()
+        return sums

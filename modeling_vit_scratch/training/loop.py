@@ -25,7 +25,7 @@ from ..modeling_vit_scratch import ViTScratchForImageClassification
 from . import effects
 from .averaging import AveragedWeights, check_decay
 from .bad_images import leave_out_bad_images
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, EvaluationStopped, evaluate
 from .features import HeadOnFeatures, cache_features, can_cache_features, start_from_ridge
 from .finetuning import head_rate_scale, prepare_finetuning, refuse_idle_rates, set_train_mode
 from .guard import FiniteGuard, poisoned
@@ -158,8 +158,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         data, held, augment, pixels = cached.training, cached.held, cached.augment, cached.pixels
         trained_part = HeadOnFeatures
 
-    def scored(network: ViTScratchForImageClassification, split: str) -> Evaluation:
-        return evaluate(trained_part(network), held[split], pixels, accelerator, objective, model.dtype)
+    def scored(network: ViTScratchForImageClassification, split: str, is_stopped=None) -> Evaluation:
+        return evaluate(trained_part(network), held[split], pixels, accelerator, objective, model.dtype, is_stopped)
 
     if trained_part is HeadOnFeatures and (ridge := start_from_ridge(model, data, recipe.bce_loss)) is not None:
         baseline = {"ridge_penalty": ridge.penalty, "left_out_accuracy": ridge.accuracy}
@@ -288,15 +288,44 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         accelerator.print(warning)
 
     # --- the steps
-    metrics = MetricsFile(output_dir / "metrics.jsonl", accelerator.is_main_process, position.step)
+    metrics = MetricsFile(
+        output_dir / "metrics.jsonl", accelerator.is_main_process, position.step, position.owes_evaluation
+    )
     data_wait = DataWait(workers, num_cores()) if data.resident is None else None
     work = partial(resolution.work, total_steps=total_steps, config=model.config)
     progress = Progress(total_steps, position.step, accelerator.is_main_process, data_wait, work)
     latest: Evaluation | None = None
-    first_step = position.step if not position.has_stopped_early else total_steps
-    clock = time.perf_counter()
-    set_train_mode(network)
-    with Interruptions(accelerator, recipe.save_minutes, first_step) as interruptions:
+
+    def validate() -> Evaluation | None:
+        """The scores of the position and what follows from them; None, and they are owed, where a signal came."""
+        try:
+            evaluation = scored(state.published, "validation", interruptions.among_batches())
+        except EvaluationStopped:
+            position.owes_evaluation = True
+            return None
+        position.owes_evaluation = False
+        record_evaluation(evaluation, position, recipe, metrics, accelerator, progress)
+        patience = recipe.early_stopping_patience
+        if position.step <= full_size_begins:  # trained on less of its images, a network may stand still
+            position.evaluations_since_best = 0
+        position.has_stopped_early = patience is not None and position.evaluations_since_best >= patience
+        return evaluation
+
+    def stop(folder: Path):
+        progress.close()
+        raise Interrupted(f"stopped by a signal; saved {folder}. {how_to_go_on(recipe)}")
+
+    with Interruptions(accelerator, recipe.save_minutes, position.step) as interruptions:
+        if position.owes_evaluation:
+            paused = time.perf_counter()
+            latest = validate()
+            folder = state.save(paused)
+            if latest is None:
+                stop(folder)
+            state.window.started += time.perf_counter() - paused
+        first_step = position.step if not position.has_stopped_early else total_steps
+        clock = time.perf_counter()
+        set_train_mode(network)
         batches = iter(data.batches(first_step, total_steps))
         for step in range(first_step, total_steps):
             waiting_since = time.perf_counter()
@@ -334,28 +363,21 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
 
             paused = time.perf_counter()
             position.train_seconds += paused - clock
-            if is_evaluated:
-                latest = score("validation")
-                record_evaluation(latest, position, recipe, metrics, accelerator, progress)
-                patience = recipe.early_stopping_patience
-                if position.step <= full_size_begins:  # trained on less of its images, a network may stand still
-                    position.evaluations_since_best = 0
-                position.has_stopped_early = patience is not None and position.evaluations_since_best >= patience
+            latest = validate() if is_evaluated else None
             last |= position.has_stopped_early
             is_best = recipe.load_best_model_at_end and position.best_step == position.step
             stopping, minutes_are_up = interruptions.after(position.step)
+            stopping |= position.owes_evaluation  # given up for a signal, which the others may not have looked for
             if is_best or is_saved or minutes_are_up or last or stopping:
                 guard.check(rate, where_to_go_on)  # what it found must not be lost with it
                 folder = state.save(paused)
                 interruptions.saved()
                 if stopping:  # after the last step too: what is left are scores, which the same command computes
-                    progress.close()
-                    raise Interrupted(f"stopped by a signal; saved {folder}. {how_to_go_on(recipe)}")
+                    stop(folder)
             clock = time.perf_counter()
             state.window.started += clock - paused
             if last:
                 break
-            latest = None
     progress.close()
     if position.has_stopped_early:
         accelerator.print(

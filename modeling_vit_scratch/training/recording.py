@@ -42,14 +42,17 @@ def resolve_trackers(report_to: str) -> list[str]:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, appended by the main process; rows after a resumed step are cut off."""
+    """metrics.jsonl: one JSON object a line, appended by the main process; rows after a resumed step are cut off, and
+    its scores too where they are still owed."""
 
-    def __init__(self, path: Path, active: bool, resumed_step: int):
+    def __init__(self, path: Path, active: bool, resumed_step: int, owes_scores: bool = False):
         self.path, self.active = path, active
         if not active:
             return
         rows = read_metrics(path) if path.exists() else []
         kept = [row for row in rows if row["step"] <= resumed_step] if resumed_step else []
+        if owes_scores:  # they were written, but not the checkpoint that has them
+            kept = [row for row in kept if row["step"] < resumed_step or "eval_loss" not in row]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(partial, path)

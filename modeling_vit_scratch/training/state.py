@@ -41,6 +41,7 @@ class Position:
     best_value: float | None = None
     evaluations_since_best: int = 0
     has_stopped_early: bool = False
+    owes_evaluation: bool = False  # that of its step was given up for a signal
 
 
 @dataclass
