@@ -69,6 +69,34 @@ def test_a_model_answers_as_a_pipeline_of_transformers_does(checkpoint, photo, s
     assert dict(zip(found.labels, found.probabilities, strict=True)) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "said, other, size, crop",
+    [
+        ({}, {"image_size": 192}, {"height": 192, "width": 192}, None),
+        ({"size": {"shortest_edge": 160}}, {"image_size": 192}, {"shortest_edge": 240}, 192),  # at the same share
+        ({"size": {"shortest_edge": 160}}, {"image_size": 96, "crop_pct": 1.0}, {"shortest_edge": 96}, 96),
+        ({"size": {"height": 160, "width": 160}}, {"image_size": 64}, {"height": 80, "width": 80}, 64),
+        ({"size": {"shortest_edge": 160}}, {"crop_pct": 0.5}, {"shortest_edge": 256}, SIDE),
+        ({}, {"crop_pct": 1.0}, {"shortest_edge": SIDE}, SIDE),
+    ],
+)
+def test_other_pixels_are_those_of_transformers_at_that_size(checkpoint, photo, said, other, size, crop):
+    if {"size": said.get("size", USUAL["size"])} != {"size": USUAL["size"]}:
+        said = {**said, "do_center_crop": True, "crop_size": {"height": SIDE, "width": SIDE}}
+    folder = checkpoint(**said)
+    crops = {} if crop is None else {"do_center_crop": True, "crop_size": {"height": crop, "width": crop}}
+    theirs = AutoImageProcessor.from_pretrained(folder, size=size, **crops)
+    network = ViTForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        pixels = theirs(Image.open(photo).convert("RGB"), return_tensors="pt").pixel_values
+        probabilities = network(pixels, interpolate_pos_encoding=True).logits.softmax(-1)[0]
+    expected = {f"class {index}": value for index, value in enumerate(probabilities.tolist())}
+    model, processor, report = open_model(str(folder), **other)
+    (found,) = predict(model, processor, [str(photo)])
+    assert dict(zip(found.labels, found.probabilities, strict=True)) == pytest.approx(expected, abs=1e-5)
+    assert bool(report.interpolated) == ("image_size" in other)
+
+
 def trained_on(folder, images, *flags):
     """(image processor, decoder of training) of a run that begins with this checkpoint."""
     recipe, chosen = parse_arguments(["--train_dir", str(images), "--model_name_or_path", str(folder), *flags])
@@ -157,6 +185,19 @@ def test_an_image_processor_that_does_not_fit_its_network_is_said_in_one_line(ch
     model, processor, _ = open_model(str(small))
     assert next(predict(model, processor, [str(photo)])).error is None  # whatever size it does not resize to
     assert found.error == "it has 150 x 200 pixels, and a processor without resize takes 128 x 128"
+
+
+def test_a_size_that_the_patches_do_not_divide_is_said_in_one_line(checkpoint, photo, capsys):
+    folder = str(checkpoint())
+    with pytest.raises(UserError, match="image_size: a height of 100 .* nearest sizes that are: 96 and 128"):
+        open_model(folder, image_size=100)
+    for command in (["predict", folder, str(photo)], ["attention", folder, str(photo)]):
+        for flags, message in (
+            (["--image_size", "0"], "--image_size must be at least 1"),
+            (["--crop_pct", "1.5"], "--crop_pct must be above 0 and at most 1"),
+            (["--image_size", "large"], "--image_size takes a whole number"),
+        ):
+            assert cli.main([*command, *flags]) == 2 and message in capsys.readouterr().err
 
 
 def test_an_image_with_other_channels_than_the_network_is_named(tmp_path):

@@ -82,6 +82,16 @@ def test_a_run_scores_what_it_scored(digits, capsys, tmp_path):
     assert "Confusion (row: true class, column: answer):" in out
 
 
+def test_other_pixels_are_scored_too(digits, capsys, tmp_path):
+    folder, photos, results = digits
+    same = scores_of(capsys, tmp_path, folder, "--test_dir", photos, "--image_size", 8)
+    assert same["loss"] == results["test_loss"] and same["image_size"] == [8, 8]
+    larger = scores_of(capsys, tmp_path, folder, "--test_dir", photos, "--image_size", 16)
+    assert larger["image_size"] == [16, 16] and larger["loss"] != same["loss"]
+    cropped = scores_of(capsys, tmp_path, folder, "--test_dir", photos, "--crop_pct", 0.5)
+    assert cropped["image_size"] == [8, 8] and cropped["loss"] > same["loss"]
+
+
 def test_calibration_and_intervals_are_those_of_the_predictions(digits, capsys, tmp_path):
     folder, photos, _ = digits
     found = scores_of(capsys, tmp_path, folder, "--test_dir", photos, "--eval_batch_size", 100)

@@ -19,6 +19,7 @@ from ..data.listing import IMAGE_ENDINGS, UNREAD_IMAGE_ENDINGS, is_hidden, shown
 from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..weights import LoadingReport, load_pretrained, load_processor
+from ..weights.pixels import with_other_pixels
 from .record import printable
 from .text_table import text_table
 
@@ -51,12 +52,15 @@ class Prediction:
 # ---------------------------------------------------------------- what is asked, and of which images
 
 
-def open_model(name_or_path: str) -> tuple[ViTScratchForImageClassification, Processor, LoadingReport]:
+def open_model(
+    name_or_path: str, image_size: int | None = None, crop_pct: float | None = None
+) -> tuple[ViTScratchForImageClassification, Processor, LoadingReport]:
     """The network in evaluation mode, its image processor and the loading report, of a run's folder (its model/), a
     checkpoint's folder or a Hub repository.
 
-    Raises UserError for a run that has no model yet, for a checkpoint without a classifier, and where the weights
-    cannot be loaded.
+    image_size: another side of its images in pixels, to which learned positions are interpolated. crop_pct: another
+    share of an image's shorter side for the central crop. Raises UserError for a run that has no model yet, for a
+    checkpoint without a classifier, where the weights cannot be loaded, and for a size that the patches do not divide.
     """
     run = Path(name_or_path).expanduser()
     if (run / "recipe.json").is_file():
@@ -66,8 +70,11 @@ def open_model(name_or_path: str) -> tuple[ViTScratchForImageClassification, Pro
             )
         name_or_path = str(run / "model")
     try:
-        model, report = load_pretrained(name_or_path)
+        model, report = load_pretrained(name_or_path, image_size=image_size)
         processor = load_processor(name_or_path)
+        if image_size is not None or crop_pct is not None:
+            size = output_size(processor) if image_size is None else (image_size, image_size)
+            processor = with_other_pixels(processor, size, crop_pct)
         made, taken = output_size(processor), model.config.image_height_width
         if made != taken:
             raise UserError(

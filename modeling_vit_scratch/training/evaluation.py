@@ -81,8 +81,8 @@ def evaluate(
                     losses = objective.losses(logits, batch.labels)
                     parts.append([samples, objective.kept(logits), batch.labels, losses])
                 elif in_shards:  # its layers are gathered by all processes together, as often by each
-                    config = model.config
-                    logits_of(torch.zeros(1, config.num_channels, *config.image_height_width, dtype=dtype, device=device))
+                    size = (model.config.num_channels, *model.config.image_height_width)
+                    logits_of(torch.zeros(1, *size, dtype=dtype, device=device))
                 if turn < num_turns and is_stopped is not None and is_stopped(turn):
                     raise EvaluationStopped
     finally:

@@ -16,13 +16,14 @@ from ..errors import UserError, unknown
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..results.attention import METHODS, attention_between_tokens, attention_maps, patch_map, queries_of
 from ..results.attention_picture import AttendedImage, write_attention_picture, write_heads_picture
-from ..results.prediction import class_names_of, image_paths, open_model
+from ..results.prediction import class_names_of, image_paths
 from ..results.record import printable
 from ..results.summary import summarise, summary_text
 from ..results.text_table import text_table
 from ..weights import checkpoint_facts
 from .flags import Parser, exit_code
 from .machine import num_cores
+from .scoring import add_pixel_flags, open_model_of
 
 MOST_IMAGES = 16  # in a picture
 DEFAULT_LABELS = 10
@@ -52,6 +53,7 @@ def attention_parser() -> Parser:
     parser.add_argument(
         "--every_head", action="store_true", help="draws each head of each layer by itself, for one image"
     )
+    add_pixel_flags(parser)
     parser.add_argument("--cpu_threads", metavar="INT", type=int, help="threads; else one a core")
     return parser
 
@@ -70,7 +72,7 @@ def _attention(own: Any):
         what = "--every_head draws one image" if own.every_head else f"A picture holds up to {most} images"
         raise UserError(f"{what}, {len(paths)} came; name fewer.")
     torch.set_num_threads(own.cpu_threads or num_cores())
-    model, processor, report = open_model(own.model)
+    model, processor, report = open_model_of(own)
     for note in [*(f"note: {note}" for note in notes), f"{own.model}: {report}"]:
         print(note, file=sys.stderr)
     if not model.config.num_hidden_layers:

@@ -15,13 +15,13 @@ from ..results.prediction import (
     Prediction,
     has_several_classes,
     image_paths,
-    open_model,
     predict,
     right_note,
 )
 from ..results.prediction_grid import MOST_IMAGES, write_prediction_grid
 from .flags import Parser, exit_code
 from .machine import num_cores
+from .scoring import add_pixel_flags, open_model_of
 
 
 def build_parser() -> Parser:
@@ -38,6 +38,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--format", default="table", help=f"of what is printed: {', '.join(FORMATS)} [table]")
     parser.add_argument("-o", "--picture", metavar="FILE", help="draws the images with their answers into this PNG")
+    add_pixel_flags(parser)
     parser.add_argument("--batch_size", metavar="INT", type=int, default=64, help="images computed at once [64]")
     parser.add_argument("--cpu_threads", metavar="INT", type=int, help="threads; else one a core")
     return parser
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> int:
             _say(f"note: {note}")
         threads = own.cpu_threads or num_cores()
         torch.set_num_threads(threads)
-        model, processor, report = open_model(own.model)
+        model, processor, report = open_model_of(own)
         model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         _say(f"{own.model}: {report}")
         answers = predict(model, processor, paths, own.top_k, own.batch_size, threads)

@@ -25,6 +25,7 @@ from ..results.metrics import wilson_interval
 from ..results.plots import MOST_CLASSES_DRAWN
 from ..results.prediction import class_names_of, has_several_classes, open_model
 from ..results.score_text import MOST_CLASSES_LISTED, score_text, with_recall_intervals, write_confusion
+from ..weights import LoadingReport
 from ..weights.pixels import SMALL
 from .effects import IDLE_IN_RECIPE
 from .evaluation import evaluate
@@ -39,6 +40,10 @@ SHARED = (
     "dataset_name", "dataset_config_name", "image_column_name", "label_column_name", "streaming", "bad_images",
     "eval_batch_size", "dataloader_num_workers", "cpu_threads",
 )  # fmt: skip
+PIXELS = {  # those of the trainer's flags that give a checkpoint other pixels than its own
+    "image_size": "side of the images the network sees, in pixels; learned positions are interpolated",
+    "crop_pct": "share of an image's shorter side that the central crop keeps",
+}
 SPLITS = ("test", "validation", "train")
 MATCHES = ("name", "position")
 NUM_NAMED = 10  # of the bad images, on the screen
@@ -258,6 +263,7 @@ def build_parser() -> Parser:
     )
     texts = {"bad_images": "images that cannot be read: stop at the first (error), or leave them out (skip)"}
     add_trainers_flags(parser, SHARED, texts)
+    add_pixel_flags(parser)
     parser.add_argument("--output", metavar="FILE", help="writes all of it, and the machine, as JSON")
     parser.add_argument("-o", "--picture", metavar="FILE", help="draws the confusion matrix into this PNG")
     return parser
@@ -283,6 +289,19 @@ def trainers_options(own: Any, names: Iterable[str], **fields: Any) -> Recipe:
     return options
 
 
+def add_pixel_flags(parser: Parser):
+    """--image_size and --crop_pct, for a model that was trained with others."""
+    for name, text in PIXELS.items():
+        parser.add_argument(f"--{name}", help=f"{text} [the checkpoint's]")
+
+
+def open_model_of(own: Any) -> tuple[ViTScratchForImageClassification, Processor, LoadingReport]:
+    """The model that the command line names, with the pixels that it asks for."""
+    options = trainers_options(own, PIXELS)
+    given = {name: getattr(options, name) for name in PIXELS if getattr(own, name) is not None}
+    return open_model(own.model, **given)
+
+
 def main(arguments: list[str]) -> int:
     """Prints the scores; the exit code."""
     parser = build_parser()
@@ -292,7 +311,7 @@ def main(arguments: list[str]) -> int:
 def _run(own: Any):
     options = _options(own)
     accelerator = start_accelerator([], Path(), options.cpu_threads)
-    model, processor, report = first_on_each_node(accelerator, lambda: open_model(own.model))
+    model, processor, report = first_on_each_node(accelerator, lambda: open_model_of(own))
     accelerator.print(f"{own.model}: {report}")
     several = has_several_classes(model)
     source, split = first_on_each_node(accelerator, lambda: open_split(options, own.test_dir, own.split, several))
@@ -304,6 +323,7 @@ def _run(own: Any):
     bad = drop_bad_images(accelerator, source, split) if options.bad_images == "skip" else []
     results = {
         "model": own.model,
+        "image_size": list(model.config.image_height_width),
         "dataset": {
             "name": source.name,
             "repository": source.repository,

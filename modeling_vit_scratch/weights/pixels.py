@@ -66,6 +66,26 @@ def cropped(size: tuple[int, int], resized: dict[str, int]) -> dict[str, Any]:
     return {"size": resized, "do_center_crop": True, "crop_size": {"height": size[0], "width": size[1]}}
 
 
+def with_other_pixels(processor: Any, size: tuple[int, int], crop_pct: float | None) -> Any:
+    """The image processor for images of (height, width) `size`, whose central crop keeps the share crop_pct of the
+    shorter side; None: the share that it keeps now, or the whole image. Mean, standard deviation and resampling stay.
+
+    Another size at the same share and the other way round: Touvron et al., "Fixing the train-test resolution
+    discrepancy" (1906.06423), section 3.
+    """
+    crops, resized = bool(processor.do_center_crop), dict(processor.size)
+    squashes = "shortest_edge" not in resized
+    if crop_pct is None and crops:
+        crop_pct = min(dict(processor.crop_size).values()) / min(resized.values())
+    if crop_pct is None and squashes:
+        fields = {"size": {"height": size[0], "width": size[1]}}
+    elif crops and squashes:
+        fields = squashed(size, crop_pct)
+    else:
+        fields = cropped(size, {"shortest_edge": round(max(size) / (crop_pct or 1.0))})
+    return type(processor)(**{**processor.to_dict(), "do_resize": True, **fields})
+
+
 def build_processor(fields: dict[str, Any], num_channels: int):
     """This package's image processor of these fields, by torchvision where it is installed, else by PIL."""
     backend = ViTScratchImageProcessor if is_torchvision_available() else ViTScratchImageProcessorPil
