@@ -132,7 +132,9 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         if repository is not None and accelerator.is_main_process:
             print(push_at_end(output_dir, repository), flush=True)
         return run.results
-    workers = _num_workers(recipe, source, decoder, device)
+    workers = recipe.dataloader_num_workers
+    if workers is None:
+        workers = num_decoding_workers(decoder, device)
     common = (rank, world_size, workers, device)
     threads = torch.get_num_threads()
     data = TrainingData(
@@ -421,18 +423,6 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
 
 def _whole(model: ViTScratchForImageClassification) -> torch.nn.Module:
     return model
-
-
-def _num_workers(recipe: Recipe, source: Source, decoder: Decoder, device: torch.device) -> int:
-    """Processes that decode: as asked; else none for small images, which decode faster than they train, and for
-    photographs a share of the cores."""
-    if recipe.dataloader_num_workers is not None:
-        return recipe.dataloader_num_workers
-    if decoder.crop_scale is None and not decoder.processor.do_center_crop:
-        return 0
-    # as many as cores though they train too: flowers at 224 px, a network of 4 layers of 192, 2 shared CPU cores:
-    # 0, 1 and 2 workers gave 5, 7 and 9 images/s
-    return num_decoding_workers(device)
 
 
 def _announce(accelerator, source: Source, num_parameters, lines, total_steps, batch_size, data, workers, scored_every):

@@ -26,7 +26,6 @@ from ..results.plots import MOST_CLASSES_DRAWN
 from ..results.prediction import class_names_of, has_several_classes, open_model
 from ..results.score_text import MOST_CLASSES_LISTED, score_text, with_recall_intervals, write_confusion
 from ..weights import LoadingReport
-from ..weights.pixels import SMALL
 from .effects import IDLE_IN_RECIPE
 from .evaluation import evaluate
 from .flags import Parser, exit_code, parse_value
@@ -193,9 +192,8 @@ def score(
     """
     threads, device, decoder = torch.get_num_threads(), accelerator.device, Decoder(processor)
     if num_workers is None:
-        is_small = not processor.do_center_crop and max(decoder.size) <= SMALL
-        needs_none = is_resident(source, source.splits[split], decoder) or is_small
-        num_workers = 0 if needs_none else num_decoding_workers(device)
+        is_kept = is_resident(source, source.splits[split], decoder)
+        num_workers = 0 if is_kept else num_decoding_workers(decoder, device)
     model.to(device)
     objective = (MultiLabel if source.is_multi_label else SingleLabel)(len(source.class_names))
     started = time.perf_counter()
