@@ -78,6 +78,7 @@ class ViTScratchConfig(PreTrainedConfig):
     position_embedding_type: str = "learned"  # "sincos2d": fixed, 2205.01580; "rope2d": axial, 2403.13298; "none"
     prefix_positions: bool = True  # False: learned positions for patches only (DeiT III, timm's no_embed_class)
     rope_theta: float | int = 100.0  # base of the rotary frequencies; 2403.13298, section 3.2
+    position_image_size: Size | None = None  # what "sincos2d" and "rope2d" span: the trained size; None: image_size
     token_init: str | float | int = "trunc_normal"  # class and register tokens; a number is a constant
     position_init: str | float | int = "trunc_normal"  # learned positions; "sincos2d" starts them at the fixed table
     embedding_norm: bool = False  # a LayerNorm between the embeddings and the first layer (CLIP, timm's pre_norm)
@@ -151,6 +152,12 @@ class ViTScratchConfig(PreTrainedConfig):
         return self.patch_grid_of(*self.image_height_width)
 
     @property
+    def position_grid(self) -> tuple[int, int]:
+        """(rows, columns) of the patches that sine-cosine and rotary positions count, at any image size."""
+        size = self.image_size if self.position_image_size is None else self.position_image_size
+        return self.patch_grid_of(*pair(size))
+
+    @property
     def num_patches(self) -> int:
         return self.patch_grid[0] * self.patch_grid[1]
 
@@ -191,7 +198,7 @@ class ViTScratchConfig(PreTrainedConfig):
         for name in ("head_dim", "pooler_output_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, or None, got {getattr(self, name)}.")
-        for name in ("image_size", "patch_size", "patch_stride"):
+        for name in ("image_size", "patch_size", "patch_stride", "position_image_size"):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -206,6 +213,10 @@ class ViTScratchConfig(PreTrainedConfig):
                     f"never be seen; use at most {patch}."
                 )
         self.patch_grid_of(*self.image_height_width)
+        try:
+            self.position_grid  # noqa: B018
+        except ValueError as error:
+            raise ValueError(f"position_{error}") from None
 
     def _check_heads(self):
         heads, hidden = self.num_attention_heads, self.hidden_size

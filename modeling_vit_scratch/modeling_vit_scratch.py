@@ -104,7 +104,7 @@ def rope2d_tables(
 
     Half of the channel pairs turn with the row, half with the column; prefix tokens do not turn.
     """
-    rows, columns = grid_coordinates(grid, config.patch_grid, device)
+    rows, columns = grid_coordinates(grid, config.position_grid, device)
     quarter = config.attention_head_dim // 4
     frequencies = config.rope_theta ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
     angles = torch.cat((rows[:, None] * frequencies, columns[:, None] * frequencies), dim=1)  # (Gh*Gw, F/2)
@@ -180,7 +180,7 @@ class ViTScratchEmbeddings(nn.Module):
 
         positions = None
         if self.config.position_embedding_type == "sincos2d":
-            trained_grid, device = self.config.patch_grid, embeddings.device
+            trained_grid, device = self.config.position_grid, embeddings.device
             positions = sincos2d_positions(grid, self.config.hidden_size, trained_grid, device).to(embeddings.dtype)
         elif self.position_embeddings is not None:
             positions = interpolate_position_embeddings(self.position_embeddings, self.config.patch_grid, grid)
@@ -606,7 +606,8 @@ def image_classification_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """Mean loss of a batch (the sum over `num_items_in_batch` where that is given, as Trainer does), in float32.
+    """Mean loss of a batch, in float32; with `num_items_in_batch`, Trainer's count of the numbers in all `labels` of an
+    optimizer step, this batch's part of that step's mean.
 
     labels (B,), integers: cross-entropy; -100 is left out. labels (B, K), floats: probabilities of each class (mixup,
     cutmix), cross-entropy again. `config.problem_type` "multi_label_classification" takes (B, K) of 0 and 1 and binary
@@ -638,6 +639,8 @@ def image_classification_loss(
                 f"got {labels.dtype} of shape {tuple(labels.shape)}."
             )
         labels = labels.float() if soft else labels.view(-1)
+        if soft and num_items_in_batch is not None:
+            num_items_in_batch = num_items_in_batch / logits.shape[1]  # images
         loss = nn.functional.cross_entropy(logits, labels, reduction=reduction)
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 

@@ -269,6 +269,7 @@ EVERY_FIELD_CHANGED = {
     "position_embedding_type": "rope2d",
     "prefix_positions": False,
     "rope_theta": 10,
+    "position_image_size": (26, 62),
     "token_init": 0.1,
     "position_init": "sincos2d",
     "embedding_norm": True,

@@ -7,13 +7,14 @@ import pytest
 import torch
 from small_vit import SMALL, build, images
 
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchModel
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchModel
 from modeling_vit_scratch.modeling_vit_scratch import (
     interpolate_position_embeddings,
     rope2d_tables,
     rotate,
     sincos2d_positions,
 )
+from modeling_vit_scratch.weights import load_pretrained
 
 
 def big_vision_sincos_2d(height, width, hidden_size, temperature=10_000.0):
@@ -158,3 +159,34 @@ def test_positions_that_do_not_fill_the_old_grid_are_refused():
 def test_asking_for_interpolation_at_the_same_size_changes_nothing(position_embedding_type):
     model = build(position_embedding_type=position_embedding_type)
     assert torch.equal(model(images()).logits, model(images(), interpolate_pos_encoding=True).logits)
+
+
+# ---------------------------------------------------------------- a checkpoint at another size
+
+
+@pytest.mark.parametrize("kind", ["learned", "sincos2d", "rope2d"])
+def test_a_checkpoint_for_another_size_is_the_network_that_interpolates(kind, tmp_path):
+    """... whatever its positions are, after a second saving too; at its own size again it is as it was."""
+    model = build(position_embedding_type=kind, initializer_range=0.2, num_register_tokens=1)
+    model.save_pretrained(tmp_path / "own")
+    for size in ((64, 64), (16, 48)):
+        pixels = images(2, 3, *size)
+        with torch.no_grad():
+            expected = model(pixels, interpolate_pos_encoding=True).logits
+        loaded, report = load_pretrained(str(tmp_path / "own"), image_size=size)
+        assert len(report.interpolated) == 1 and expected.std() > 1e-2
+        loaded.save_pretrained(tmp_path / "again")
+        for other in (loaded, ViTScratchForImageClassification.from_pretrained(tmp_path / "again")):
+            assert other.config.image_height_width == size
+            with torch.no_grad():
+                torch.testing.assert_close(other(pixels).logits, expected)
+    if kind != "learned":  # whose table has been resampled
+        back, _ = load_pretrained(str(tmp_path / "again"), image_size=32)
+        assert back.config.position_image_size is None
+        with torch.no_grad():
+            torch.testing.assert_close(back(images()).logits, model(images()).logits, rtol=0, atol=0)
+
+
+def test_a_size_of_positions_is_checked_as_that_of_images():
+    with pytest.raises(ValueError, match="position_image_size: a height of 33 .* nearest sizes that are: 32 and"):
+        ViTScratchConfig(image_size=32, patch_size=8, position_image_size=33)

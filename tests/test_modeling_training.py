@@ -5,6 +5,7 @@ import pytest
 import torch
 from small_vit import build, images
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchModel
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchDropPath, image_classification_loss
@@ -178,9 +179,24 @@ LOSSES = {
 @pytest.mark.parametrize("num_items_in_batch", [None, 7, torch.tensor(7)], ids=["mean", "7", "tensor of 7"])
 def test_the_loss_is_its_formula(problem_type, labels, formula, num_items_in_batch):
     total, count = formula(LOGITS)
+    given = 7 if formula is not soft else 7 / 5  # Trainer counts numbers, of which an image has five
     loss = image_classification_loss(labels, LOGITS, config_of(problem_type=problem_type), num_items_in_batch)
     # double precision against float32: seven digits
-    assert loss.item() == pytest.approx(total / (count if num_items_in_batch is None else 7), rel=1e-6)
+    assert loss.item() == pytest.approx(total / (count if num_items_in_batch is None else given), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["single label", "mixed labels", "several labels"])
+def test_trainer_logs_the_mean_over_all_images_of_a_step(name, tmp_path):
+    problem_type, labels, _ = LOSSES[name]
+    model = build(problem_type=problem_type, num_labels=5)
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(images(), labels, strict=True)]
+    with torch.no_grad():
+        expected = model(images(), labels=labels).loss.item()
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": 1, "logging_steps": 1}
+    arguments = TrainingArguments(tmp_path, report_to="none", use_cpu=True, save_strategy="no", **settings)
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_one_label_means_regression():

@@ -14,6 +14,8 @@ from .naming import Tensors
 from .pixels import build_processor, format_of_files, pixel_facts, processor_fields, with_channels
 from .shapes import PATCHES, POSITIONS, Reading
 
+COUNTED = ("sincos2d", "rope2d")  # kinds of positions that are computed from rows and columns
+
 
 @dataclass
 class LoadingReport:
@@ -137,13 +139,23 @@ def wanted_config(reading: Reading, wanted: dict[str, Any]) -> ViTScratchConfig:
     """The reading's configuration with what is wanted instead, in float32. Raises UserError for what cannot be."""
     if wanted.get("num_labels") == reading.config.num_labels and "id2label" not in wanted:
         wanted = {name: value for name, value in wanted.items() if name != "num_labels"}  # its own classes
-    fields = {**reading.config.to_dict(), "dtype": "float32", **wanted}
+    positions = {"position_image_size": _spanned(reading, wanted)}
+    fields = {**reading.config.to_dict(), "dtype": "float32", **positions, **wanted}
     if "num_labels" in wanted and "id2label" not in wanted:
         fields = {name: value for name, value in fields.items() if name not in ("id2label", "label2id")}
     try:
         return ViTScratchConfig.from_dict(fields)
     except Exception as error:  # the configuration says what is wrong and what would work
         raise UserError(f"{reading.source}: {' '.join(str(error.__cause__ or error).split())}") from error
+
+
+def _spanned(reading: Reading, wanted: dict[str, Any]) -> Any:
+    """The size of images that positions which are no table go on to span, whatever the new one is; None: that one."""
+    own, new = reading.config.position_image_size, wanted.get("image_size")
+    if new is None or reading.config.position_embedding_type not in COUNTED:
+        return own
+    old = reading.config.image_size if own is None else own
+    return None if pair(new) == pair(old) else old
 
 
 def fitted(reading: Reading, config: ViTScratchConfig, shapes: dict[str, torch.Size]) -> tuple[Tensors, LoadingReport]:
@@ -167,6 +179,10 @@ def fitted(reading: Reading, config: ViTScratchConfig, shapes: dict[str, torch.S
         tensors[POSITIONS] = interpolate_position_embeddings(old, reading.config.patch_grid, config.patch_grid)
         report.interpolated.append(POSITIONS)
         report.shapes[POSITIONS] = f"{tuple(old.shape)} -> {tuple(tensors[POSITIONS].shape)}"
+    elif config.position_embedding_type in COUNTED and reading.config.patch_grid != config.patch_grid:
+        kind = f"{config.position_embedding_type} positions"
+        report.interpolated.append(kind)
+        report.shapes[kind] = f"{reading.config.patch_grid} -> {config.patch_grid}"
     _check(reading.source, tensors, {name: shape for name, shape in shapes.items() if name not in report.replaced})
     report.loaded = list(tensors)
     return tensors, report

@@ -90,7 +90,7 @@ def common_form(
         tensors[PATCHES] = tensors[PATCHES].view(shape)
     if config.position_embedding_type == "sincos2d":
         config.position_embedding_type, config.prefix_positions = "learned", False
-        tensors[POSITIONS] = sincos2d_positions(config.patch_grid, config.hidden_size)
+        tensors[POSITIONS] = sincos2d_positions(config.patch_grid, config.hidden_size, config.position_grid)
         notes.append("the sine-cosine positions are written as a learned table")
     if not config.prefix_positions and target.needs_prefix_positions and POSITIONS in tensors:
         config.prefix_positions = True
