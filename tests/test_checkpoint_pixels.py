@@ -22,6 +22,7 @@ from modeling_vit_scratch.image_processing_vit_scratch import pil_to_channels
 from modeling_vit_scratch.results.prediction import open_model, predict
 from modeling_vit_scratch.training.flags import parse_arguments
 from modeling_vit_scratch.training.network import build_augmentation, build_network, source_of
+from modeling_vit_scratch.weights.pixels import crop_share, with_other_pixels
 
 SIDE = 128  # above the size up to which images are seen whole
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 32, "patch_size": 32}
@@ -185,6 +186,22 @@ def test_an_image_processor_that_does_not_fit_its_network_is_said_in_one_line(ch
     model, processor, _ = open_model(str(small))
     assert next(predict(model, processor, [str(photo)])).error is None  # whatever size it does not resize to
     assert found.error == "it has 150 x 200 pixels, and a processor without resize takes 128 x 128"
+
+
+def test_other_pixels_at_the_own_size_are_the_own_pixels(checkpoint):
+    crop = {"do_center_crop": True, "crop_size": {"height": SIDE, "width": SIDE}}
+    for said in ({"size": {"shortest_edge": 160}, **crop}, {"do_resize": False, **crop}, {}):
+        folder = str(checkpoint(**said))
+        fields = [open_model(folder, image_size=size)[1].to_dict() for size in (None, SIDE)]
+        assert fields[0] == fields[1]
+
+
+def test_a_crop_that_is_no_square_keeps_its_share():
+    wide = ViTScratchImageProcessor(size={"shortest_edge": 512}, do_center_crop=True,
+                                    crop_size={"height": 224, "width": 448})  # fmt: skip
+    assert crop_share(wide) == 0.875
+    half = with_other_pixels(wide, (112, 224), None)
+    assert dict(half.size) == {"shortest_edge": 256} and dict(half.crop_size) == {"height": 112, "width": 224}
 
 
 def test_a_size_that_the_patches_do_not_divide_is_said_in_one_line(checkpoint, photo, capsys):

@@ -29,6 +29,11 @@ def test_digits_become_pictures_in_the_folders_of_their_classes(tmp_path, capsys
         assert target_of(str(path), set(source.class_names)) == str(example.label)
 
 
+def test_digits_are_not_streamed(tmp_path, capsys):
+    assert run("--dataset_name", "digits", "--streaming", "true", "--output_dir", tmp_path / "some") == 2
+    assert "--streaming has no effect here" in capsys.readouterr().err
+
+
 def test_a_whole_split_is_trained_on_as_the_set_itself(tmp_path):
     assert run("--dataset_name", "digits", "--split", "train", "--count", 5000, "--output_dir", tmp_path / "all") == 0
     source = open_source(train_dir=str(tmp_path / "all"), train_val_split=0.0)

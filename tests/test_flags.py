@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.training.flags import OTHER_NAMES, REFUSED, build_parser, exit_code, main, parse_arguments
@@ -163,6 +164,29 @@ def test_a_decoding_process_that_is_killed_while_the_network_computes_is_one_lin
     assert said.startswith("error: A process that decodes images was killed, often because") and said.count("\n") == 1
     with pytest.raises(RuntimeError, match="shapes"):
         exit_code(lambda: act("shapes do not fit"))
+
+
+@pytest.mark.parametrize(
+    "error, begins",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), "Out of memory (CUDA out of memory)"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+                      "tried to allocate 4096 bytes. Error code 12"), "Out of memory (you tried to allocate 4096"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:9"), "Another process"),
+    ],
+)  # fmt: skip
+def test_what_the_machine_does_to_a_run_is_one_line(error, begins, capsys, monkeypatch):
+    def act():
+        raise error
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert exit_code(act) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {begins}") and said.count("\n") == 1
+    if "closed by peer" in str(error):
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            exit_code(act)
 
 
 def test_names_of_other_programs_lead_to_flags_that_there_are():

@@ -86,6 +86,25 @@ def test_a_signal_during_an_evaluation_gives_it_up_and_the_same_command_owes_it(
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
+def test_a_signal_during_the_last_scores_leaves_them_to_the_same_command(tmp_path, monkeypatch):
+    flags = [*LENGTH, "--eval_batch_size", 7]
+    expected = run(tmp_path / "whole", *flags)
+    real = loop.evaluate
+
+    def signalled(*arguments):
+        if len(arguments[1].split) == 360:  # the test split
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", signalled)
+    with pytest.raises(loop.Interrupted, match=r"all steps are saved\. The same command goes on from there"):
+        run(tmp_path / "run", *flags)
+    assert not (tmp_path / "run" / "results.json").exists()
+    monkeypatch.setattr(loop, "evaluate", real)
+    assert run(tmp_path / "run", *flags)["test_loss"] == expected["test_loss"]
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
+
+
 @pytest.mark.parametrize("flag", ["--overwrite_output_dir", "--resume_from_checkpoint"])
 def test_flags_that_would_lose_the_steps_are_to_be_left_out(flag, tmp_path, monkeypatch):
     expected = run(tmp_path / "run", *LENGTH, "--save_steps", 2, "--save_total_limit", 9)
@@ -189,6 +208,25 @@ def test_two_processes_stop_after_the_same_step_whoever_got_the_signal(where):
     assert stopped_at[0] == stopped_at[1] >= 150
 
 
+def test_after_the_last_step_two_processes_ask_each_other_at_once():
+    pair, answers = Pair(), {}
+
+    def process(rank):
+        listener = Interruptions(pair.member(rank), None, step=0)
+        for step in range(1, 100):
+            if rank == 1 and step == 99:
+                listener.received.append(signal.SIGTERM)
+            listener.after(step)
+        answers[rank] = listener.now()
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert answers == {0: True, 1: True}
+
+
 def test_a_named_checkpoint_is_gone_on_from_and_later_ones_are_dropped(tmp_path, capsys):
     often = ["--save_steps", 2, "--save_total_limit", 9]
     expected = run(tmp_path / "run", *LENGTH, *often)
@@ -213,6 +251,26 @@ def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused(tmp_path):
     (named / "optimizer.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="cannot be taken: optimizer.safetensors has 0 bytes instead of"):
         run(tmp_path / "new", *LENGTH, "--resume_from_checkpoint", named)
+
+
+def test_a_checkpoint_of_another_run_is_compared_and_costs_nothing_where_it_is_refused(tmp_path):
+    run(tmp_path / "run", *LENGTH, "--save_steps", 5)
+    run(tmp_path / "other", *LENGTH, "--save_steps", 5, "--learning_rate", 1e-2, "--weight_decay", 0.2)
+    theirs = tmp_path / "other" / "checkpoints" / "step-000005"
+    on = [*LENGTH, "--save_steps", 5, "--resume_from_checkpoint", theirs]
+    with pytest.raises(
+        UserError, match=r"of a run of another recipe \(.*learning_rate: 0.01 -> .*weight_decay: 0.2 ->"
+    ):
+        run(tmp_path / "run", *on)
+    (tmp_path / "other" / "recipe.json").unlink()  # a checkpoint that was copied says less
+    for flags, message in (
+        (["--optim", "sgd", "--learning_rate", 1e-2], "is of a run with AdamW, this one has SGD"),
+        (["--ema_decay", 0.5], "has no averaged weights, which --ema_decay goes on from"),
+        (["--preset", "micro"], "is of another network"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / "fresh", *on, *flags)
+    assert steps_kept(tmp_path / "run") == [5, 10]
 
 
 def test_a_constant_rate_may_be_trained_longer_and_ends_as_if_it_had_been_asked_at_once(tmp_path):

@@ -1,6 +1,8 @@
 """Whole runs with what a recipe can switch on: each does what it says, and a resumed run does it too."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from modeling_vit_scratch.training import loop
 from modeling_vit_scratch.training.guard import FiniteGuard
 from modeling_vit_scratch.training.objectives import class_weights
 from modeling_vit_scratch.training.recipes import RECIPES
-from modeling_vit_scratch.training.recording import read_metrics
+from modeling_vit_scratch.training.recording import read_metrics, record_evaluation, start_trackers
 from modeling_vit_scratch.training.schedules import learning_rate_at
+from modeling_vit_scratch.training.state import Position
 from modeling_vit_scratch.training.time_budget import Rehearsal
 
 EVERYTHING = [
@@ -97,6 +100,35 @@ def test_the_run_stops_early_when_the_score_no_longer_rises(tmp_path, capsys):
     again = run(tmp_path / "run", "--max_steps", 40, "--eval_steps", 2, "--early_stopping_patience", 3,
                 "--learning_rate", 1e-9, "--metric_for_best_model", "f1_macro")  # fmt: skip
     assert again["steps"] == results["steps"] and again["test_loss"] == results["test_loss"]
+
+
+def test_a_patience_that_cannot_end_the_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="10 cannot stop this run, which has 10 evaluations, every 4 steps of 40"):
+        run(tmp_path / "run", "--max_steps", 40, "--eval_steps", 4, "--early_stopping_patience", 10)
+    run(tmp_path / "run", "--max_steps", 40, "--eval_steps", 4, "--early_stopping_patience", 9)
+
+
+def test_each_epoch_may_be_evaluated_and_saved(tmp_path, capsys):
+    flags = ["--num_train_epochs", 12, "--train_batch_size", 600, "--save_total_limit", 99, "--warmup_steps", 0]
+    run(tmp_path / "run", *flags, "--eval_strategy", "epoch", "--save_strategy", "epoch")
+    evaluated = [row["step"] for row in metrics(tmp_path / "run") if "eval_loss" in row]
+    saved = sorted(int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert evaluated == saved == [3, 6, 9, 12, 15, 18, 21, 24, 26]  # 1,295 images: 2.2 steps an epoch
+    run(tmp_path / "patient", *flags, "--early_stopping_patience", 8)  # no matter how many, then
+    assert "validation every 3 steps" in capsys.readouterr().out
+    for name in ("eval", "save"):
+        with pytest.raises(UserError, match=f"--{name}_steps has no effect here: --{name}_strategy epoch"):
+            run(tmp_path / "other", *flags, f"--{name}_strategy", "epoch", f"--{name}_steps", 5)
+
+
+def test_a_score_that_is_not_finite_is_never_the_best():
+    position, said = Position(step=1), []
+    quiet = SimpleNamespace(append=said.append, log=lambda *_, **__: None, say=said.append)
+    recipe = SimpleNamespace(metric_for_best_model="loss")
+    for step, loss in ((1, math.nan), (2, 1.0), (3, math.nan), (4, 0.5)):
+        position.step = step
+        record_evaluation(SimpleNamespace(scores={"loss": loss}), position, recipe, quiet, quiet, quiet)
+    assert (position.best_step, position.best_value) == (4, -0.5)
 
 
 @pytest.mark.parametrize("flags", [[], ["--ema_decay", 0.9], ["--optim", "muon"]])
@@ -201,6 +233,35 @@ def test_tensorboard_holds_every_row_of_the_metrics(tmp_path):
     assert {"loss", "learning_rate", "grad_norm", "images_per_second", "data_wait", "eval_accuracy"} <= {
         *events.Tags()["scalars"]
     }
+
+
+def test_tensorboard_forgets_the_steps_that_are_taken_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--max_steps", 6, "--logging_steps", 1, "--save_steps", 2, "--save_total_limit", 9]
+    run(tmp_path / "run", *flags, "--report_to", "tensorboard")
+    named = tmp_path / "run" / "checkpoints" / "step-000002"
+    run(tmp_path / "run", *flags, "--report_to", "tensorboard", "--resume_from_checkpoint", named)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name, variable", [("wandb", "WANDB_PROJECT"), ("mlflow", "MLFLOW_EXPERIMENT_NAME")])
+def test_a_tracker_gets_the_project_of_its_variable_and_the_name_of_the_run(name, variable, monkeypatch):
+    calls = []
+    accelerator = SimpleNamespace(init_trackers=lambda *words, **named: calls.append((words, named)), trackers=[])
+    start_trackers(accelerator, [name], {}, "first", 0)
+    monkeypatch.setenv(variable, "mine")
+    start_trackers(accelerator, [name], {}, "first", 0)
+    assert [words for words, _ in calls] == [("vit_scratch",), ("mine",)]
+    assert calls[1][1]["init_kwargs"]["wandb"] == {"name": "first"}
+
+
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM"])
+def test_engines_that_are_not_supported_are_refused_in_one_line(engine, tmp_path, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(UserError, match=f"--use_{engine.lower()} is not supported"):
+        run(tmp_path / "run", "--max_steps", 1)
 
 
 def test_what_a_tracker_says_against_starting_is_one_line(tmp_path, monkeypatch):

@@ -5,14 +5,17 @@ import math
 import pytest
 import torch
 from transformers import (
+    get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
+    get_cosine_with_hard_restarts_schedule_with_warmup,
     get_cosine_with_min_lr_schedule_with_warmup,
     get_linear_schedule_with_warmup,
+    get_polynomial_decay_schedule_with_warmup,
     get_wsd_schedule,
 )
 
 from modeling_vit_scratch.errors import UserError
-from modeling_vit_scratch.training.recipes import FIELDS, RECIPES
+from modeling_vit_scratch.training.recipes import CONSTANT, FIELDS, RECIPES
 from modeling_vit_scratch.training.schedules import (
     SCHEDULES,
     check_schedule,
@@ -54,6 +57,32 @@ def test_cosine_with_a_floor_equals_transformers(warmup):
         50,
         lambda o: get_cosine_with_min_lr_schedule_with_warmup(o, warmup, 50, min_lr_rate=0.1),
     )
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+@pytest.mark.parametrize("cycles", [1, 3])
+def test_restarts_equal_transformers(cycles, warmup):
+    assert_equal_after_warmup(
+        recipe_of("cosine_with_restarts", warmup_steps=warmup, lr_num_cycles=cycles),
+        50,
+        lambda o: get_cosine_with_hard_restarts_schedule_with_warmup(o, warmup, 50, num_cycles=cycles),
+    )
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+@pytest.mark.parametrize("power, floor", [(1.0, 0.0), (2.0, 0.0), (0.5, 0.1)])
+def test_polynomial_equals_transformers(power, floor, warmup):
+    assert_equal_after_warmup(
+        recipe_of("polynomial", warmup_steps=warmup, lr_power=power, min_lr_rate=floor),
+        50,
+        lambda o: get_polynomial_decay_schedule_with_warmup(o, warmup, 50, lr_end=0.3 * floor, power=power),
+    )
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_a_constant_rate_with_warmup_equals_transformers(warmup):
+    recipe = recipe_of("constant_with_warmup", warmup_steps=warmup)
+    assert_equal_after_warmup(recipe, 50, lambda o: get_constant_schedule_with_warmup(o, warmup))
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.1])
@@ -129,7 +158,7 @@ def test_every_schedule_stays_between_floor_and_highest_and_never_rises_after_wa
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
 
 
-@pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {"constant", "multi_step"}))
+@pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {*CONSTANT, "multi_step"}))
 def test_a_falling_schedule_would_reach_its_floor_one_step_after_the_last(name):
     recipe = recipe_of(name, warmup_steps=5, learning_rate=1.0, min_lr_rate=0.02)
     assert learning_rate_at(50, 50, recipe) == pytest.approx(0.02)

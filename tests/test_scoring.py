@@ -19,7 +19,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from small_vit import build
 from test_run_train import ROOT, run
 
-from modeling_vit_scratch import ViTScratchImageProcessor, cli
+from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchImageProcessor, cli
 from modeling_vit_scratch.data.examples import ArrayExamples
 from modeling_vit_scratch.data.sources import open_source
 from modeling_vit_scratch.data.splits import Source, Split
@@ -87,9 +87,16 @@ def test_other_pixels_are_scored_too(digits, capsys, tmp_path):
     same = scores_of(capsys, tmp_path, folder, "--test_dir", photos, "--image_size", 8)
     assert same["loss"] == results["test_loss"] and same["image_size"] == [8, 8]
     larger = scores_of(capsys, tmp_path, folder, "--test_dir", photos, "--image_size", 16)
-    assert larger["image_size"] == [16, 16] and larger["loss"] != same["loss"]
+    assert larger["image_size"] == [16, 16] and larger["crop_pct"] is None
+    model, processor, _ = open_model(str(folder), image_size=16)
+    trained = ViTScratchForImageClassification.from_pretrained(folder / "model").eval()
+    answers = list(predict(model, processor, sorted(map(str, photos.rglob("*.png")))))
+    with torch.no_grad():
+        pixels = [processor(Image.open(answer.path), return_tensors="pt").pixel_values for answer in answers]
+        best = trained(torch.cat(pixels), interpolate_pos_encoding=True).logits.softmax(-1).max(-1).values
+    np.testing.assert_allclose([answer.probabilities[0] for answer in answers], best.numpy(), atol=1e-5)
     cropped = scores_of(capsys, tmp_path, folder, "--test_dir", photos, "--crop_pct", 0.5)
-    assert cropped["image_size"] == [8, 8] and cropped["loss"] > same["loss"]
+    assert cropped["image_size"] == [8, 8] and cropped["crop_pct"] == 0.5 and cropped["loss"] > same["loss"]
 
 
 def test_calibration_and_intervals_are_those_of_the_predictions(digits, capsys, tmp_path):

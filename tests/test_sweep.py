@@ -220,7 +220,7 @@ def test_a_network_too_large_for_the_memory_is_a_failure_of_its_own(trained, tmp
     trained(ends={"hidden_size-32": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")})
     arguments = ["--grid", "hidden_size=16,32", "--config_overrides", "num_hidden_layers=1"]
     record = sweep(plan(tmp_path / "s", *arguments))
-    assert record["runs"][1]["note"].startswith("Out of memory (CUDA out of memory); a smaller network or batch")
+    assert record["runs"][1]["note"].startswith("Out of memory (CUDA out of memory). Fewer images at once")
 
 
 def test_a_sweep_whose_every_run_failed_is_an_error(trained, tmp_path, capsys):

@@ -73,8 +73,10 @@ def open_model(
         model, report = load_pretrained(name_or_path, image_size=image_size)
         processor = load_processor(name_or_path)
         if image_size is not None or crop_pct is not None:
-            size = output_size(processor) if image_size is None else (image_size, image_size)
-            processor = with_other_pixels(processor, size, crop_pct)
+            own = output_size(processor)
+            size = own if image_size is None else (image_size, image_size)
+            if size != own or crop_pct is not None:
+                processor = with_other_pixels(processor, size, crop_pct)
         made, taken = output_size(processor), model.config.image_height_width
         if made != taken:
             raise UserError(

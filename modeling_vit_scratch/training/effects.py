@@ -8,8 +8,8 @@ from ..data.loading import is_resident
 from ..data.splits import Source
 from ..errors import UserError
 from .features import can_cache_features, drawn_of_images
-from .overrides import checkpoint_rates, has_own_patch_drop_rate, may_see_less, patch_drop_rate_of
-from .recipes import MULTI_LABEL_METRICS, Recipe
+from .overrides import checkpoint_overrides, has_own_patch_drop_rate, may_see_less, patch_drop_rate_of
+from .recipes import CONSTANT, MULTI_LABEL_METRICS, Recipe
 from .time_budget import seconds_of
 
 # flag -> (it has no effect on this recipe, because ...)
@@ -52,6 +52,8 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
         ("torch_compile", "gradient_checkpointing"),
         (lambda r: can_cache_features(r, 0, 0), "the frozen backbone sees each image once"),
     ),
+    "eval_steps": (lambda r: r.eval_strategy == "epoch", "--eval_strategy epoch evaluates after each epoch"),
+    "save_steps": (lambda r: r.save_strategy == "epoch", "--save_strategy epoch saves after each epoch"),
     "metric_for_best_model": (
         lambda r: not r.load_best_model_at_end and r.early_stopping_patience is None,
         "it goes with --load_best_model_at_end or --early_stopping_patience",
@@ -72,7 +74,12 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
         lambda r: r.lr_scheduler_type != "warmup_stable_decay",
         "it goes with --lr_scheduler_type warmup_stable_decay",
     ),
-    "min_lr_rate": (lambda r: r.lr_scheduler_type == "constant", "a constant rate never falls"),
+    "min_lr_rate": (lambda r: r.lr_scheduler_type in CONSTANT, "a constant rate never falls"),
+    "lr_num_cycles": (
+        lambda r: r.lr_scheduler_type != "cosine_with_restarts",
+        "it goes with --lr_scheduler_type cosine_with_restarts",
+    ),
+    "lr_power": (lambda r: r.lr_scheduler_type != "polynomial", "it goes with --lr_scheduler_type polynomial"),
     "random_resized_crop_ratio": (
         lambda r: r.random_resized_crop_scale is None,
         "it goes with --random_resized_crop_scale",
@@ -113,6 +120,7 @@ IDLE_ON_SOURCE: dict[str, tuple[Callable[[Source, Decoder], bool], str]] = {
     "max_eval_samples": (lambda s, d: "validation" not in s.splits, "there is no validation split"),
     "early_stopping_patience": (lambda s, d: "validation" not in s.splits, "there is no validation split"),
     "eval_steps": (lambda s, d: "validation" not in s.splits, "there is no validation split"),
+    "eval_strategy": (lambda s, d: "validation" not in s.splits, "there is no validation split"),
     "load_best_model_at_end": (lambda s, d: "validation" not in s.splits, "there is no validation split"),
     "eval_batch_size": (lambda s, d: len(s.splits) == 1, "there is no validation or test split"),
     "dataloader_num_workers": (
@@ -145,7 +153,7 @@ def check_recipe(recipe: Recipe, chosen: frozenset[str]):
     if recipe.time_budget is not None:
         seconds_of(recipe.time_budget)
     if recipe.model_name_or_path is not None:
-        checkpoint_rates(recipe, chosen)
+        checkpoint_overrides(recipe, chosen)
     if recipe.specimen is not None and patch_drop_rate_of(recipe) and not has_own_patch_drop_rate(recipe):
         raise UserError("patch_drop_rate does not work with --specimen: a specimen sees all patches.")
     if recipe.aug_repeats > 1 and recipe.streaming:

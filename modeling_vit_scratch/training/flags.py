@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from safetensors import SafetensorError
 
@@ -19,36 +20,75 @@ from .overrides import merged_overrides
 from .recipes import COUNTED_LENGTHS, FIELDS, FINETUNING, GROUPS, RECIPES, Recipe
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_MEMORY = "can't allocate memory"  # of torch's allocator for CPUs, whose error is a plain RuntimeError
+PEER_IS_GONE = (  # gloo's and NCCL's words where a process waits for one that has ended
+    "Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe",
+)  # fmt: skip
 LENGTHS = (*COUNTED_LENGTHS, "time_budget")
 # what timm's train.py and transformers' examples call what has another name here
 OTHER_NAMES = {
-    "aa": "auto_augment", "batch_size": "train_batch_size", "clip_grad": "max_grad_norm", "cutmix": "cutmix_alpha",
-    "data_dir": "train_dir", "epochs": "num_train_epochs", "eval_strategy": "eval_steps",
-    "evaluation_strategy": "eval_steps", "hflip": "horizontal_flip_prob", "img_size": "image_size",
-    "initial_checkpoint": "model_name_or_path", "lr": "learning_rate", "lr_scheduler": "lr_scheduler_type",
-    "mixup": "mixup_alpha", "model_ema_decay": "ema_decay", "opt": "optim", "output": "output_dir",
-    "pretrained": "model_name_or_path", "reprob": "random_erasing_prob",
+    "aa": "auto_augment", "batch_size": "train_batch_size", "checkpoint_hist": "save_total_limit",
+    "checkpointing_steps": "save_steps", "clip_grad": "max_grad_norm", "cutmix": "cutmix_alpha",
+    "data_dir": "train_dir", "dataset": "dataset_name", "decay_milestones": "lr_milestones", "decay_rate": "lr_gamma",
+    "epochs": "num_train_epochs", "eval_metric": "metric_for_best_model", "evaluation_strategy": "eval_strategy",
+    "experiment": "output_dir", "grad_accum_steps": "gradient_accumulation_steps",
+    "grad_checkpointing": "gradient_checkpointing", "hflip": "horizontal_flip_prob", "img_size": "image_size",
+    "initial_checkpoint": "model_name_or_path", "input_size": "image_size", "log_interval": "logging_steps",
+    "logging_dir": "output_dir", "lr": "learning_rate", "lr_scheduler": "lr_scheduler_type",
+    "max_train_steps": "max_steps", "mean": "image_mean", "min_lr": "min_lr_rate", "mixup": "mixup_alpha",
+    "model_ema": "ema_decay", "model_ema_decay": "ema_decay", "num_warmup_steps": "warmup_steps", "opt": "optim",
+    "opt_eps": "adam_epsilon", "output": "output_dir", "pretrained": "model_name_or_path",
+    "ratio": "random_resized_crop_ratio", "recovery_interval": "save_steps", "reprob": "random_erasing_prob",
     "resume": "resume_from_checkpoint", "sched": "lr_scheduler_type", "smoothing": "label_smoothing_factor",
-    "torchcompile": "torch_compile", "vflip": "vertical_flip_prob", "workers": "dataloader_num_workers",
+    "std": "image_std", "torchcompile": "torch_compile", "train_num_samples": "max_train_samples",
+    "val_interval": "eval_steps", "val_num_samples": "max_eval_samples", "validation_batch_size": "eval_batch_size",
+    "vflip": "vertical_flip_prob", "workers": "dataloader_num_workers",
 }  # fmt: skip
 _FIELD_OF_NETWORK = "a field of the network: use --config_overrides"
+_MACHINE = "belongs to the machine"
+_TOKEN = "a command line is seen by all users of the machine: set HF_TOKEN or run `hf auth login`"
+_GLOBAL = "batches are global, each process takes its share"
+_NEW_OR_NOT = "use --preset for a new network, --model_name_or_path for a pretrained one"
 REFUSED = {
     **{theirs: f"use --{ours}" for theirs, ours in OTHER_NAMES.items()},
-    "amp": "use `accelerate launch --mixed_precision bf16`: precision belongs to the machine",
+    "amp": f"use `accelerate launch --mixed_precision bf16`: precision {_MACHINE}",
+    "auto_find_batch_size": "use --gradient_accumulation_steps: the same steps, in parts that fit",
+    "bf16": f"use `accelerate launch --mixed_precision bf16`: precision {_MACHINE}",
+    "cache_dir": "set HF_HOME or HF_DATASETS_CACHE",
+    "deepspeed": "not supported; `accelerate launch --use_fsdp` shares parameters out",
+    "device": f"the launcher chooses it (`accelerate launch --cpu`): it {_MACHINE}",
+    "do_eval": "evaluation is part of training; --train_val_split 0 leaves it out",
+    "do_train": "training is what this command does",
+    "drop": f"{_FIELD_OF_NETWORK} hidden_dropout_prob=0.1",
     "drop_path": f"{_FIELD_OF_NETWORK} drop_path_rate=0.1",
     "drop_path_rate": f"{_FIELD_OF_NETWORK} drop_path_rate=0.1",
+    "epoch_repeats": "use --num_train_epochs, or --aug_repeats for the same image several times in a batch",
+    "fp16": f"use `accelerate launch --mixed_precision fp16`: precision {_MACHINE}",
+    "fsdp": f"use `accelerate launch --use_fsdp`: how parameters are shared out {_MACHINE}",
+    "gp": f"{_FIELD_OF_NETWORK} pooling=mean",
+    "hub_token": _TOKEN,
     "ignore_mismatched_sizes": "not needed: a new head takes the place of one for other classes",
-    "model": "use --preset for a new network, --model_name_or_path for a pretrained one",
+    "in_chans": "the data tell the number of channels",
+    "local_rank": "the launcher sets it",
+    "log_wandb": "use --report_to wandb",
+    "model": _NEW_OR_NOT,
+    "model_type": _NEW_OR_NOT,
+    "no_cuda": "use `accelerate launch --cpu`",
     "num_classes": "the data tell the number of classes",
     "num_labels": "the data tell the number of classes",
+    "opt_betas": "use --adam_beta1 and --adam_beta2",
     "patch_size": f"{_FIELD_OF_NETWORK} patch_size=8",
-    "per_device_train_batch_size": "use --train_batch_size: batches are global, each process takes its share",
-    "per_device_eval_batch_size": "use --eval_batch_size: batches are global, each process takes its share",
-    "fp16": "use `accelerate launch --mixed_precision fp16`: precision belongs to the machine",
-    "bf16": "use `accelerate launch --mixed_precision bf16`: precision belongs to the machine",
-    "hub_token": "a command line is seen by all users of the machine: set HF_TOKEN or run `hf auth login`",
-    "do_train": "training is what this command does",
-    "do_eval": "evaluation is part of training; --train_val_split 0 leaves it out",
+    "per_device_eval_batch_size": f"use --eval_batch_size: {_GLOBAL}",
+    "per_device_train_batch_size": f"use --train_batch_size: {_GLOBAL}",
+    "remove_unused_columns": "not needed: only the columns of images and labels are read",
+    "run_name": "a run is named as the folder of --output_dir",
+    "scale": "use --random_resized_crop_scale, the smallest share of an image's area",
+    "token": _TOKEN,
+    "trust_remote_code": "not needed: weights are read, no code of a repository is run",
+    "use_cpu": "use `accelerate launch --cpu`",
+    "warmup_epochs": "use --warmup_steps; under 1 it is a share of all steps",
+    "warmup_ratio": "use --warmup_steps; under 1 it is a share of all steps",
+    "with_tracking": "use --report_to",
 }
 
 
@@ -211,7 +251,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def exit_code(act: Callable[[], object]) -> int:
     """The exit code of a command, its errors said in one line: 0 done, 2 something to mend, 3 stopped by a signal."""
-    from ..data.loading import lost_worker
     from ..results.record import TOKEN
     from .loop import Interrupted
 
@@ -223,9 +262,9 @@ def exit_code(act: Callable[[], object]) -> int:
             print(f"error: {text}", file=sys.stderr, flush=True)
         return 2
     except RuntimeError as error:
-        if (lost := lost_worker(error)) is None:
+        if (known := _known(error)) is None:
             raise
-        print(f"error: {lost}", file=sys.stderr, flush=True)
+        print(f"error: {known}", file=sys.stderr, flush=True)
         return 2
     except (OSError, SafetensorError) as error:  # written besides checkpoints: metrics, scores, the report, model/
         if "No space left" not in str(error) and getattr(error, "errno", None) not in FULL:
@@ -240,3 +279,25 @@ def exit_code(act: Callable[[], object]) -> int:
         print("interrupted; a run goes on from its last checkpoint, if there is one.", file=sys.stderr, flush=True)
         return 3
     return 0
+
+
+def _known(error: RuntimeError) -> UserError | None:
+    """What to say where it is clear what the error means, else None."""
+    from ..data.loading import lost_worker
+
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in text:
+        return out_of_memory(text)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(sign in text for sign in PEER_IS_GONE):
+        return UserError("Another process has stopped, and says why.")
+    return lost_worker(error)
+
+
+def out_of_memory(text: str) -> UserError:
+    """The sentence for an allocation that failed, from what torch says of it."""
+    what = text.rpartition(NO_MEMORY + ": ")[2].partition(".")[0]
+    return UserError(
+        f"Out of memory ({what}). Fewer images at once need less: --gradient_accumulation_steps takes the same steps "
+        "in parts; or lower --train_batch_size, --eval_batch_size or predict's --batch_size, or take "
+        "--gradient_checkpointing true, smaller images or a smaller network."
+    )

@@ -55,6 +55,10 @@ class Interruptions:
         num_signals, is_due = self._steps.agree(step, len(self.received), is_due and self.accelerator.is_main_process)
         return bool(num_signals), bool(is_due)
 
+    def now(self) -> bool:
+        """Whether to stop, asked by all processes at once."""
+        return self.among_batches()(1)
+
     def among_batches(self) -> Callable[[int], bool]:
         """A function for the batches of an evaluation: whether to stop after this one, the same in all processes."""
         looks = _Looks(self.accelerator, 0)

@@ -10,7 +10,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import set_seed
@@ -19,7 +19,7 @@ from ..data.augmentation import Draws, Mixing, normalise, send
 from ..data.decoding import Decoder, normalisation
 from ..data.loading import Batch, EvaluationData, TrainingData
 from ..data.order import derived_seed
-from ..data.splits import Source, hold_out, limit_samples
+from ..data.splits import hold_out, limit_samples
 from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from . import effects
@@ -42,7 +42,7 @@ from .machine import (
 from .network import build_augmentation, build_network, source_of
 from .objectives import objective_of
 from .optimization import build_optimizer, optimizer_warning, parameter_groups
-from .overrides import checkpoint_rates
+from .overrides import checkpoint_overrides
 from .publishing import checkpoint_documents, collect_results, final_scores, publish, save_model
 from .pushing import open_destination, push_at_end
 from .recipes import Recipe
@@ -50,6 +50,7 @@ from .recording import (
     DataWait,
     MetricsFile,
     Progress,
+    announce,
     check_scaled,
     last_checkpoint,
     record_evaluation,
@@ -59,13 +60,21 @@ from .recording import (
     training_row,
 )
 from .resolution import resolution_of
-from .run_folder import data_facts, how_to_go_on, open_run
-from .schedules import check_schedule, in_steps, learning_rate_at, steps_text
-from .sharding import check_recipe, full_tensor, is_sharded, prepare, shard_like_the_trained, whole_network
+from .run_folder import data_facts, how_to_go_on, names_checkpoint, open_run, remove_later
+from .schedules import check_patience, check_schedule, in_steps, learning_rate_at
+from .sharding import (
+    check_recipe,
+    check_shares,
+    full_tensor,
+    is_sharded,
+    prepare,
+    shard_like_the_trained,
+    whole_network,
+)
 from .state import TrainingState
 from .time_budget import rehearse, seconds_of
 
-EVALUATIONS_PER_RUN = 10  # at most one an epoch, where --eval_steps does not say
+EVALUATIONS_PER_RUN = 10  # at most one an epoch, where no flag says more
 
 
 class Interrupted(Exception):
@@ -106,18 +115,10 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     model, processor, loading_report = first_on_each_node(accelerator, lambda: build_network(recipe, chosen, source))
     num_parameters, finetuning = model.num_parameters(), prepare_finetuning(model, recipe)
     if recipe.model_name_or_path is not None:
-        refuse_idle_rates(model, checkpoint_rates(recipe, chosen), recipe.finetune)
+        refuse_idle_rates(model, checkpoint_overrides(recipe, chosen), recipe.finetune)
     decoder, augment = build_augmentation(recipe, processor)
     batch_size, num_samples, num_labels = recipe.train_batch_size, len(source.splits["train"]), len(source.class_names)
-    # where processes do not divide the lanes, some have one more of them, at the end of an epoch too
-    least = (3 if recipe.stream_lanes % world_size else 2) if recipe.streaming else 1
-    if batch_size < world_size * least:
-        raise UserError(f"--train_batch_size {batch_size} is too small for {world_size} processes.")
-    if recipe.streaming and world_size > recipe.stream_lanes:
-        lanes = 2 * world_size
-        raise UserError(f"{world_size} processes share {recipe.stream_lanes} lanes: set --stream_lanes {lanes}.")
-    if recipe.streaming and world_size > num_samples:
-        raise UserError(f"{world_size} processes cannot share a stream of {num_samples} images.")
+    check_shares(recipe, world_size, num_samples)
     effects.check_source(recipe, chosen, source, decoder)
     resolution = resolution_of(recipe, chosen, model.config, num_samples)
 
@@ -198,8 +199,10 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     )
     if run.checkpoint is not None:
         state.restore(run.checkpoint)
+        if names_checkpoint(recipe):  # and it could be taken
+            agree(accelerator, lambda: remove_later(checkpoints, run.checkpoint))
     position, where_to_go_on = state.position, partial(last_checkpoint, state)
-    start_trackers(accelerator, trackers, recipe.to_dict())
+    start_trackers(accelerator, trackers, recipe.to_dict(), output_dir.resolve().name, position.step)
 
     # --- one step
     # one process with two parts sums the gradients of the same images as two processes with one part each
@@ -239,9 +242,15 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         return scored(state.published, split)
 
     # --- how many steps
+    epoch_steps = math.ceil(num_samples / batch_size)
+
     def evaluation_interval(total_steps: int) -> int:
-        default = math.ceil(max(total_steps / EVALUATIONS_PER_RUN, num_samples / batch_size, 1))
-        return in_steps(recipe.eval_steps or default, total_steps)
+        if recipe.eval_strategy == "epoch":
+            return epoch_steps
+        if recipe.eval_steps is not None:
+            return in_steps(recipe.eval_steps, total_steps)
+        evaluations = EVALUATIONS_PER_RUN if recipe.early_stopping_patience is None else total_steps
+        return max(math.ceil(total_steps / evaluations), epoch_steps)
 
     if position.total_steps is None or recipe.time_budget is None:
         position.total_steps = recipe.max_steps
@@ -283,9 +292,11 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         state.save()  # the number of steps is never measured again
     lines = [] if loading_report is None else [str(loading_report), str(finetuning)]
     lines += resolution.stages(total_steps, model.config)
-    eval_every, save_every = evaluation_interval(total_steps), in_steps(recipe.save_steps, total_steps)
+    eval_every = evaluation_interval(total_steps)
+    check_patience(recipe.early_stopping_patience, eval_every, total_steps)
+    save_every = epoch_steps if recipe.save_strategy == "epoch" else in_steps(recipe.save_steps, total_steps)
     scored_every = eval_every if "validation" in held else None
-    _announce(accelerator, source, num_parameters, lines, total_steps, batch_size, data, workers, scored_every)
+    announce(accelerator, source, num_parameters, lines, total_steps, batch_size, data, workers, scored_every)
     if warning := optimizer_warning(recipe, total_steps):
         accelerator.print(warning)
 
@@ -313,11 +324,19 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         position.has_stopped_early = patience is not None and position.evaluations_since_best >= patience
         return evaluation
 
-    def stop(folder: Path):
+    def final(split: str) -> Evaluation:
+        try:
+            return scored(state.published, split, interruptions.among_batches())
+        except EvaluationStopped:
+            stop()
+
+    def stop(folder: Path | None = None) -> NoReturn:
         progress.close()
-        raise Interrupted(f"stopped by a signal; saved {folder}. {how_to_go_on(recipe)}")
+        done = "all steps are saved" if folder is None else f"saved {folder}"
+        raise Interrupted(f"stopped by a signal; {done}. {how_to_go_on(recipe)}")
 
     with Interruptions(accelerator, recipe.save_minutes, position.step) as interruptions:
+        position.owes_evaluation &= "validation" in held
         if position.owes_evaluation:
             paused = time.perf_counter()
             latest = validate()
@@ -380,24 +399,26 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             state.window.started += clock - paused
             if last:
                 break
-    progress.close()
-    if position.has_stopped_early:
-        accelerator.print(
-            f"stopped early at step {position.step}: {position.evaluations_since_best} evaluations without a better "
-            f"{recipe.metric_for_best_model} than at step {position.best_step}"
-        )
+        progress.close()
+        if interruptions.now():  # since the last step that looked
+            stop()
+        if position.has_stopped_early:
+            accelerator.print(
+                f"stopped early at step {position.step}: {position.evaluations_since_best} evaluations without a "
+                f"better {recipe.metric_for_best_model} than at step {position.best_step}"
+            )
 
-    # --- final scores, once, of the weights that are published
-    weights, published_step = "last" if averaged is None else "last, averaged", position.step
-    if recipe.load_best_model_at_end and position.best_step is not None and state.has_best():
-        if position.best_step != position.step:
-            latest = None
-        published_step = state.use_best()
-        weights = f"best at step {published_step}" + ("" if averaged is None else ", averaged")
-    if pending := [name for name in held if name != "validation" or latest is None]:
-        sizes = ", ".join(f"{len(source.splits[name]):,} {name}" for name in pending)
-        accelerator.print(f"scoring {sizes} images", flush=True)
-    finals = {name: latest if name == "validation" and latest is not None else score(name) for name in held}
+        # --- final scores, once, of the weights that are published
+        weights, published_step = "last" if averaged is None else "last, averaged", position.step
+        if recipe.load_best_model_at_end and position.best_step is not None and state.has_best():
+            if position.best_step != position.step:
+                latest = None
+            published_step = state.use_best()
+            weights = f"best at step {published_step}" + ("" if averaged is None else ", averaged")
+        if pending := [name for name in held if name != "validation" or latest is None]:
+            sizes = ", ".join(f"{len(source.splits[name]):,} {name}" for name in pending)
+            accelerator.print(f"scoring {sizes} images", flush=True)
+        finals = {name: latest if name == "validation" and latest is not None else final(name) for name in held}
     learned = {"num_parameters": num_parameters, "trainable_parameters": finetuning.num_trained, "baseline": baseline}
     if finetuning.num_trained == num_parameters:
         learned["train_pflop"] = resolution.pflop(model.config, position.step, total_steps, batch_size)
@@ -423,20 +444,3 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
 
 def _whole(model: ViTScratchForImageClassification) -> torch.nn.Module:
     return model
-
-
-def _announce(accelerator, source: Source, num_parameters, lines, total_steps, batch_size, data, workers, scored_every):
-    sizes = ", ".join(f"{len(split):,} {name}" for name, split in source.splits.items())
-    how = "streamed" if source.streaming else "resident" if data.resident is not None else "read at random"
-    decoding = "" if data.resident is not None else f", {workers} decoding worker(s)"
-    several = ", any number an image" if source.is_multi_label else ""
-    accelerator.print(f"{source.name}: {sizes} images of {len(source.class_names)} classes{several}, {how}{decoding}")
-    for note in source.notes:
-        accelerator.print(f"note: {note}")
-    for line in lines:
-        accelerator.print(line)
-    epochs = total_steps * batch_size / len(source.splits["train"])
-    text = f"{num_parameters:,} parameters, {steps_text(total_steps)} of {batch_size} images: {epochs:.4g} epochs"
-    if scored_every is not None:
-        text += ", validation " + ("at the end" if scored_every >= total_steps else f"every {steps_text(scored_every)}")
-    accelerator.print(text, flush=True)

@@ -110,6 +110,10 @@ def start_accelerator(
     trains: what is started may be sharded. `accelerate launch` exports OMP_NUM_THREADS=1, which would leave all cores
     but one idle.
     """
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
+            flag = f"--use_{engine.lower()}"
+            raise UserError(f"{flag} is not supported: leave it out, or take --use_fsdp to share parameters out.")
     if sharding.is_asked():
         if not trains:
             raise UserError("--use_fsdp has no effect here: only training shards a network. Leave it out.")

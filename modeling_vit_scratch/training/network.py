@@ -15,7 +15,7 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor, ViTScratchI
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..weights import LoadingReport, load_pixel_facts, load_pretrained
 from ..weights.pixels import SMALL, cropped, squashed
-from .overrides import checkpoint_rates, parse_overrides
+from .overrides import checkpoint_overrides, parse_overrides
 from .recipes import Recipe
 from .specimen import make_specimen
 
@@ -60,7 +60,7 @@ def build_network(
         if recipe.model_name_or_path is not None:
             size = recipe.image_size if "image_size" in chosen else None
             wanted = (source.class_names, size, channels)
-            given = {"revision": recipe.model_revision, "rates": checkpoint_rates(recipe, chosen)}
+            given = {"revision": recipe.model_revision, "overrides": checkpoint_overrides(recipe, chosen)}
             model, report = load_pretrained(recipe.model_name_or_path, *wanted, **given)
             model.config.problem_type = problem_type
         else:

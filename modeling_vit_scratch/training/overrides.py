@@ -36,21 +36,24 @@ def merged_overrides(first: str | None, second: str | None) -> str | None:
     return ",".join(parts.values()) or None
 
 
-def checkpoint_rates(recipe: Recipe, chosen: frozenset[str]) -> dict[str, Any]:
-    """What is changed of a checkpoint's network: the rates of training that a person gave. chosen: the fields that one
-    set; a recipe's own overrides are for networks of its own.
+def checkpoint_overrides(recipe: Recipe, chosen: frozenset[str]) -> dict[str, Any]:
+    """What is changed of a checkpoint's network: the rates of training that a person gave, and what is pooled. chosen:
+    the fields that one set; a recipe's own overrides are for networks of its own.
 
-    Raises UserError for any other field, and for a network that is frozen.
+    Raises UserError for any other field, and for the rates of a network that is frozen.
     """
-    rates = parse_overrides(recipe.config_overrides) if "config_overrides" in chosen else {}
+    changed = parse_overrides(recipe.config_overrides) if "config_overrides" in chosen else {}
+    rates = [name for name in changed if name in RATES_OF_TRAINING]
     if rates and recipe.finetune == "head":
-        raise UserError("--config_overrides has no effect here: the checkpoint's network is frozen but for its head.")
-    if others := [name for name in rates if name not in RATES_OF_TRAINING]:
         raise UserError(
-            f"--config_overrides {others[0]} has no effect here: the checkpoint decides the network. What it leaves "
-            f"out in training may be another share: {', '.join(RATES_OF_TRAINING)}."
+            f"--config_overrides {rates[0]} has no effect here: the checkpoint's network is frozen but for its head."
         )
-    return rates
+    if others := [name for name in changed if name not in (*RATES_OF_TRAINING, "pooling")]:
+        raise UserError(
+            f"--config_overrides {others[0]} has no effect here: the checkpoint decides the network. Pooling may be "
+            f"another, and what it leaves out in training another share: {', '.join(RATES_OF_TRAINING)}."
+        )
+    return changed
 
 
 def patch_drop_rate_of(recipe: Recipe) -> float:

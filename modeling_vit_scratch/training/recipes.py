@@ -20,6 +20,7 @@ def flag(default: Any, group: str, text: str, **limits: Any) -> Any:
 DATA, NETWORK, LENGTH = "data", "network", "length and batch"
 OPTIMIZATION, AUGMENTATION = "optimization", "augmentation"
 OUTPUT, MACHINE = "evaluation, logging and saving", "this machine"
+CONSTANT = ("constant", "constant_with_warmup")  # transformers has two names; warmup is --warmup_steps here
 MULTI_LABEL_METRICS = ("f1_micro", "mean_average_precision")
 GROUPS = (DATA, NETWORK, LENGTH, OPTIMIZATION, AUGMENTATION, OUTPUT, MACHINE)
 
@@ -144,8 +145,12 @@ class Recipe:
     )
     lr_scheduler_type: str = flag(
         "cosine", OPTIMIZATION, "the rate after warmup",
-        choices=("cosine", "linear", "constant", "multi_step", "warmup_stable_decay"),
+        choices=(
+            "cosine", "cosine_with_restarts", "linear", "polynomial", *CONSTANT, "multi_step", "warmup_stable_decay"
+        ),
     )  # fmt: skip
+    lr_num_cycles: int = flag(1, OPTIMIZATION, "falls of the rate in cosine_with_restarts", at_least=1)
+    lr_power: float = flag(1.0, OPTIMIZATION, "of polynomial: with 1 it is linear, with 2 it falls early", above=0)
     min_lr_rate: float = flag(
         0.0, OPTIMIZATION, "the floor, a share of the highest rate, at which the schedule ends", at_least=0, below=1
     )
@@ -239,11 +244,16 @@ class Recipe:
         "newest there is",
     )  # fmt: skip
     logging_steps: int = flag(50, OUTPUT, "steps between two rows of metrics.jsonl", at_least=1)
+    eval_strategy: str = flag(
+        "steps", OUTPUT, "steps: evaluates as --eval_steps says; epoch: after each epoch", choices=("steps", "epoch")
+    )
     eval_steps: float | None = flag(
-        None,
-        OUTPUT,
-        "steps between two evaluations; under 1: a share of all steps; else once an epoch, at most ten a run",
+        None, OUTPUT, "steps between two evaluations; under 1: a share of all steps; else once an epoch, at most ten a "
+        "run unless it may stop early",
         above=0,
+    )  # fmt: skip
+    save_strategy: str = flag(
+        "steps", OUTPUT, "steps: saves as --save_steps says; epoch: after each epoch", choices=("steps", "epoch")
     )
     save_steps: float = flag(500, OUTPUT, "steps between two checkpoints; under 1: a share of all steps", above=0)
     save_minutes: float | None = flag(None, OUTPUT, "minutes between two checkpoints, besides those by steps", above=0)
@@ -298,9 +308,9 @@ def with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
 # A resumed run may differ in these: they change what is written or how fast, not what is learned.
 MAY_CHANGE_ON_RESUME = frozenset(
     {
-        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_minutes",
-        "save_total_limit", "report_to", "max_bad_images", "dataloader_num_workers", "cpu_threads", "eval_batch_size",
-        "push_to_hub", "hub_model_id", "hub_private_repo",
+        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_strategy", "save_steps",
+        "save_minutes", "save_total_limit", "report_to", "max_bad_images", "dataloader_num_workers", "cpu_threads",
+        "eval_batch_size", "push_to_hub", "hub_model_id", "hub_private_repo",
     }
 )  # fmt: skip
 # where a run is kept, which changes nothing of what it computes

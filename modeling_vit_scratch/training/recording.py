@@ -14,10 +14,12 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..data.splits import Source
 from ..errors import UserError, unknown
 from .checkpointing import checkpoints
 from .evaluation import Evaluation
 from .recipes import Recipe
+from .schedules import steps_text
 from .state import Position, TrainingState, Window
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
@@ -158,18 +160,46 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def start_trackers(accelerator: Accelerator, names: list[str], settings: dict[str, Any]):
+PROJECTS = {"wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}  # the variables that Trainer reads
+
+
+def start_trackers(accelerator: Accelerator, names: list[str], settings: dict[str, Any], run_name: str, step: int):
     """Starts the trackers with the recipe as plain text: TensorBoard refuses lists and None.
 
-    Raises UserError with what a tracker says against it (nobody is logged in, say).
+    The project is that of WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, else vit_scratch. step: where the run goes on; what
+    TensorBoard was told of later ones, which are taken again, it forgets. Raises UserError with what a tracker says
+    against it (nobody is logged in, say).
     """
     if names:
+        projects = [os.environ.get(PROJECTS[name]) for name in names if name in PROJECTS]
+        project = next(filter(None, projects), "vit_scratch")
         try:
-            accelerator.init_trackers("vit_scratch", config=None)
+            accelerator.init_trackers(project, config=None, init_kwargs={"wandb": {"name": run_name}})
         except Exception as error:
             raise UserError(f"--report_to {','.join(names)}: {error or type(error).__name__}") from error
         for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard" and step and accelerator.is_main_process:
+                tracker.writer.close()
+                tracker.writer = type(tracker.writer)(tracker.logging_dir, purge_step=step + 1)
             tracker.store_init_configuration({name: str(value) for name, value in settings.items()})
+
+
+def announce(accelerator, source: Source, num_parameters, lines, total_steps, batch_size, data, workers, scored_every):
+    """Says what is about to be trained on what: data, `lines` in between, size and length."""
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in source.splits.items())
+    how = "streamed" if source.streaming else "resident" if data.resident is not None else "read at random"
+    decoding = "" if data.resident is not None else f", {workers} decoding worker(s)"
+    several = ", any number an image" if source.is_multi_label else ""
+    accelerator.print(f"{source.name}: {sizes} images of {len(source.class_names)} classes{several}, {how}{decoding}")
+    for note in source.notes:
+        accelerator.print(f"note: {note}")
+    for line in lines:
+        accelerator.print(line)
+    epochs = total_steps * batch_size / len(source.splits["train"])
+    text = f"{num_parameters:,} parameters, {steps_text(total_steps)} of {batch_size} images: {epochs:.4g} epochs"
+    if scored_every is not None:
+        text += ", validation " + ("at the end" if scored_every >= total_steps else f"every {steps_text(scored_every)}")
+    accelerator.print(text, flush=True)
 
 
 def score_table(scores: dict[str, float]) -> str:
@@ -228,5 +258,5 @@ def record_evaluation(evaluation: Evaluation, position: Position, recipe: Recipe
     if recipe.metric_for_best_model == "loss":
         value = -value
     position.evaluations_since_best += 1
-    if position.best_value is None or value > position.best_value:
+    if math.isfinite(value) and (position.best_value is None or value > position.best_value):
         position.best_value, position.best_step, position.evaluations_since_best = value, position.step, 0

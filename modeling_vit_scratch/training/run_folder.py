@@ -12,12 +12,14 @@ from ..data.splits import Source
 from ..errors import UserError
 from .checkpointing import PARTIAL, checkpoints, damage, newest_whole, remove, step_of
 from .overrides import may_see_less, parse_overrides
-from .recipes import COUNTED_LENGTHS, MAY_CHANGE_ON_RESUME, Recipe, full_size_step_of, with_defaults
+from .recipes import CONSTANT, COUNTED_LENGTHS, MAY_CHANGE_ON_RESUME, Recipe, full_size_step_of, with_defaults
 
 OURS = (
     "recipe.json", "bad_images.json", "metrics.jsonl", "results.json", "report.html", "plots", "tensorboard",
     "checkpoints", "model", "adapter",
 )  # fmt: skip
+
+AFRESH = "choose another --output_dir, or start afresh with --overwrite_output_dir"
 
 
 @dataclass
@@ -47,10 +49,6 @@ def open_run(folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[str
     """
     try:
         return _open_run(folder, recipe, facts, data or {})
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{folder}/recipe.json is damaged ({error}); start afresh with --overwrite_output_dir."
-        ) from error
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be used: {error}.") from error
 
@@ -64,19 +62,33 @@ def _open_run(folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[st
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     results = folder / "results.json"
     if record.exists() and has_begun(folder):
-        old = json.loads(record.read_text(encoding="utf-8"))
-        _refuse_another_recipe(folder, old, recipe, facts)
-        goes_on = any(old.get(name) != getattr(recipe, name) for name in COUNTED_LENGTHS) or _names_checkpoint(recipe)
+        old = _read(record)
+        _refuse_another_recipe(f"{folder} holds a run", AFRESH, old, recipe, facts)
+        goes_on = any(old.get(name) != getattr(recipe, name) for name in COUNTED_LENGTHS) or names_checkpoint(recipe)
         goes_on |= not results.exists()
         note = _compare_data(folder, old, data, goes_on)
         if not goes_on:
-            return RunState(results=json.loads(results.read_text(encoding="utf-8")), note=note)
+            return RunState(results=_read(results), note=note)
     elif not record.exists() and folder.exists() and any(not is_partial(path) for path in folder.iterdir()):
         raise UserError(f"--output_dir {folder} holds files but no run; choose a new folder.")
     checkpoint = _checkpoint_to_take(folder / "checkpoints", recipe)
+    if names_checkpoint(recipe):
+        source = checkpoint.resolve().parents[1]
+        if source != folder.resolve() and (source / "recipe.json").is_file():
+            old = _read(source / "recipe.json")
+            begin = f"or begin a run from its weights with --model_name_or_path {checkpoint}"
+            _refuse_another_recipe(f"{checkpoint} is of a run", begin, old, recipe, facts)
+            note = _compare_data(source, old, data, True) or note
     folder.mkdir(parents=True, exist_ok=True)
     write_json(record, {**recipe.to_dict(), **facts, **data})
     return RunState(checkpoint=checkpoint, note=note)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text at all
+        raise UserError(f"{path} is damaged ({error}); start afresh with --overwrite_output_dir.") from error
 
 
 def has_begun(folder: Path) -> bool:
@@ -89,25 +101,23 @@ def is_partial(path: Path) -> bool:
     return path.name.startswith(PARTIAL)
 
 
-def _names_checkpoint(recipe: Recipe) -> bool:
+def names_checkpoint(recipe: Recipe) -> bool:
+    """Whether --resume_from_checkpoint says which one."""
     return recipe.resume_from_checkpoint is not None and recipe.resume_from_checkpoint.lower() != "true"
 
 
 def how_to_go_on(recipe: Recipe) -> str:
     """The sentence on going on with a run that was stopped: two flags would start it anew, or from where they say."""
     flags = ["--overwrite_output_dir"] if recipe.overwrite_output_dir else []
-    flags += ["--resume_from_checkpoint"] if _names_checkpoint(recipe) else []
+    flags += ["--resume_from_checkpoint"] if names_checkpoint(recipe) else []
     without = f", without {' and '.join(flags)}," if flags else ""
     return f"The same command{without} goes on from there."
 
 
 def _checkpoint_to_take(folder: Path, recipe: Recipe) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint asks for, else the newest whole one, if there is one.
-
-    Checkpoints after a named one are of a way that is not taken: they are removed.
-    """
+    """The checkpoint that --resume_from_checkpoint asks for, else the newest whole one, if there is one."""
     wanted = recipe.resume_from_checkpoint
-    if not _names_checkpoint(recipe):
+    if not names_checkpoint(recipe):
         newest = newest_whole(folder)
         if wanted is not None and newest is None:
             raise UserError(f"--resume_from_checkpoint true: there is no whole checkpoint in {folder}.")
@@ -117,10 +127,14 @@ def _checkpoint_to_take(folder: Path, recipe: Recipe) -> Path | None:
         raise UserError(f"--resume_from_checkpoint takes true or a checkpoint's folder; there is none at {wanted}.")
     if (wrong := damage(named)) is not None:
         raise UserError(f"--resume_from_checkpoint {wanted} cannot be taken: {wrong}.")
-    for checkpoint in checkpoints(folder):
-        if step_of(checkpoint) > step_of(named):
-            remove(checkpoint)
     return named
+
+
+def remove_later(folder: Path, taken: Path):
+    """Removes the checkpoints after the one that is gone on from: they are of a way that is not taken."""
+    for checkpoint in checkpoints(folder):
+        if step_of(checkpoint) > step_of(taken):
+            remove(checkpoint)
 
 
 def may_change_on_resume(recipe: Recipe) -> frozenset[str]:
@@ -128,7 +142,7 @@ def may_change_on_resume(recipe: Recipe) -> frozenset[str]:
     shares = [recipe.warmup_steps, recipe.mixup_off_step]  # under 1 they are shares of all steps
     if may_see_less(recipe):
         shares.append(full_size_step_of(recipe.full_size_step, recipe.initial_image_size))
-    is_open_ended = recipe.lr_scheduler_type == "constant" and not any(0 < (share or 0) < 1 for share in shares)
+    is_open_ended = recipe.lr_scheduler_type in CONSTANT and not any(0 < (share or 0) < 1 for share in shares)
     return MAY_CHANGE_ON_RESUME | frozenset(COUNTED_LENGTHS if is_open_ended and recipe.time_budget is None else ())
 
 
@@ -137,7 +151,7 @@ def _fields_of(overrides: str | None) -> dict[str, Any]:
     return {"patch_drop_rate": 0, **parse_overrides(overrides)}
 
 
-def _refuse_another_recipe(folder: Path, old: dict[str, Any], recipe: Recipe, facts: dict[str, Any]):
+def _refuse_another_recipe(whose: str, remedy: str, old: dict[str, Any], recipe: Recipe, facts: dict[str, Any]):
     new = {**json.loads(json.dumps(recipe.to_dict())), **facts}
     old = with_defaults(old)
     if _fields_of(old["config_overrides"]) == _fields_of(recipe.config_overrides):
@@ -148,10 +162,7 @@ def _refuse_another_recipe(folder: Path, old: dict[str, Any], recipe: Recipe, fa
     compared = [name for name in new if name not in free]
     differing = [f"{name}: {old.get(name)!r} -> {new[name]!r}" for name in compared if old.get(name) != new[name]]
     if differing:
-        raise UserError(
-            f"{folder} holds a run of another recipe ({'; '.join(differing)}). Go on with the old values, choose "
-            "another --output_dir, or start afresh with --overwrite_output_dir."
-        )
+        raise UserError(f"{whose} of another recipe ({'; '.join(differing)}). Go on with the old values, {remedy}.")
 
 
 def _compare_data(folder: Path, old: dict[str, Any], data: dict[str, Any], goes_on: bool) -> str | None:
@@ -165,7 +176,7 @@ def _compare_data(folder: Path, old: dict[str, Any], data: dict[str, Any], goes_
         change = " and ".join([*([f"without {gone}"] if gone else []), *([f"with {new}"] if new else [])])
         raise UserError(
             f"{folder} holds a run on other classes: now they are {change or 'in another order'}. Bring the old ones "
-            "back, choose another --output_dir, or start afresh with --overwrite_output_dir."
+            f"back, {AFRESH}."
         )
     before, now = (facts.get("num_images") for facts in (old, data))
     if not before or not now or before == now:

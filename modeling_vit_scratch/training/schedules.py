@@ -5,7 +5,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from ..errors import UserError
-from .recipes import Recipe
+from .recipes import CONSTANT, Recipe
 
 
 def in_steps(steps: float, total_steps: int) -> int:
@@ -28,9 +28,21 @@ def cosine(step: int, total_steps: int, recipe: Recipe) -> float:
     return _above_floor(0.5 * (1 + math.cos(math.pi * _progress(step, total_steps, recipe))), recipe)
 
 
+def cosine_with_restarts(step: int, total_steps: int, recipe: Recipe) -> float:
+    """Half a cosine for each of lr_num_cycles equal parts, each from the highest rate (SGDR, 1608.03983)."""
+    done = _progress(step, total_steps, recipe) * recipe.lr_num_cycles
+    share = 0.5 * (1 + math.cos(math.pi * (done % 1.0))) if done < recipe.lr_num_cycles else 0.0
+    return _above_floor(share, recipe)
+
+
 def linear(step: int, total_steps: int, recipe: Recipe) -> float:
     """A line from the end of warmup to the end of the run."""
     return _above_floor(1 - _progress(step, total_steps, recipe), recipe)
+
+
+def polynomial(step: int, total_steps: int, recipe: Recipe) -> float:
+    """The line raised to lr_power; with 1 it is `linear`."""
+    return _above_floor((1 - _progress(step, total_steps, recipe)) ** recipe.lr_power, recipe)
 
 
 def constant(step: int, total_steps: int, recipe: Recipe) -> float:
@@ -54,8 +66,10 @@ def warmup_stable_decay(step: int, total_steps: int, recipe: Recipe) -> float:
 # Each gives the share of the highest rate at an optimizer step after warmup.
 SCHEDULES: dict[str, Callable[[int, int, Recipe], float]] = {
     "cosine": cosine,
+    "cosine_with_restarts": cosine_with_restarts,
     "linear": linear,
-    "constant": constant,
+    "polynomial": polynomial,
+    **dict.fromkeys(CONSTANT, constant),
     "multi_step": multi_step,
     "warmup_stable_decay": warmup_stable_decay,
 }
@@ -71,6 +85,17 @@ def learning_rate_at(step: int, total_steps: int, recipe: Recipe) -> float:
     if step < warmup:
         return recipe.learning_rate * (step + 1) / warmup
     return recipe.learning_rate * SCHEDULES[recipe.lr_scheduler_type](step, total_steps, recipe)
+
+
+def check_patience(patience: int | None, eval_every: int, total_steps: int):
+    """Raises UserError where a run has too few evaluations to stop early: the first one is always the best yet."""
+    count = math.ceil(total_steps / eval_every)
+    if patience is not None and patience >= count:
+        raise UserError(
+            f"--early_stopping_patience {patience} cannot stop this run, which has {count} evaluation"
+            f"{'' if count == 1 else 's'}, every {steps_text(eval_every)} of {total_steps:,}. Evaluate more often with "
+            "--eval_steps, train longer, or have less patience."
+        )
 
 
 def check_schedule(recipe: Recipe, total_steps: int):

@@ -26,6 +26,7 @@ from ..results.plots import MOST_CLASSES_DRAWN
 from ..results.prediction import class_names_of, has_several_classes, open_model
 from ..results.score_text import MOST_CLASSES_LISTED, score_text, with_recall_intervals, write_confusion
 from ..weights import LoadingReport
+from ..weights.pixels import crop_share
 from .effects import IDLE_IN_RECIPE
 from .evaluation import evaluate
 from .flags import Parser, exit_code, parse_value
@@ -60,6 +61,8 @@ def open_split(
     validation where there is no test split. is_multi_label: whether the model gives an image any number of classes.
     Raises UserError for what cannot be found, and for a split that is not there.
     """
+    if options.streaming and (test_dir is not None or options.dataset_name == "digits"):
+        raise UserError("--streaming has no effect here: only datasets in a Hub repository's layout are streamed.")
     if test_dir is not None:
         return _open_folder(test_dir, options.label_column_name, is_multi_label), "test"
     source = open_source(
@@ -322,6 +325,7 @@ def _run(own: Any):
     results = {
         "model": own.model,
         "image_size": list(model.config.image_height_width),
+        "crop_pct": crop_share(processor),
         "dataset": {
             "name": source.name,
             "repository": source.repository,
@@ -348,8 +352,6 @@ def _options(own: Any) -> Recipe:
         raise UserError("Say what to score: either --test_dir FOLDER or --dataset_name NAME.")
     # what has no effect on a folder of training has none on one that is scored
     options = trainers_options(own, SHARED, train_dir=own.test_dir)
-    if options.streaming and (own.test_dir is not None or options.dataset_name == "digits"):
-        raise UserError("--streaming has no effect here: only datasets in a Hub repository's layout are streamed.")
     if own.split is not None and own.test_dir is not None:
         raise UserError("--split has no effect here: the images of --test_dir are one split.")
     for name, value, known in (("split", own.split, SPLITS), ("match_classes", own.match_classes, MATCHES)):

@@ -98,13 +98,30 @@ def check_recipe(accelerator: Accelerator, recipe: Recipe):
             raise UserError(f"{flag} does not work with --use_fsdp: {remedy}.")
     world_size = accelerator.num_processes
     num_parts = -(-recipe.gradient_accumulation_steps // world_size)
-    # all gather a layer together, so each process needs an image for each part; streams give them out less evenly
-    least = world_size * num_parts * (2 if recipe.streaming else 1)
+    # all gather a layer together, so each process needs an image for each part
+    least = world_size * num_parts * images_for_each(recipe, world_size)
     if recipe.train_batch_size < least:
         raise UserError(
             f"--train_batch_size {recipe.train_batch_size} is too small for {world_size} processes with --use_fsdp and "
             f"--gradient_accumulation_steps {recipe.gradient_accumulation_steps}: use {least} or more."
         )
+
+
+def images_for_each(recipe: Recipe, world_size: int) -> int:
+    """A batch's images for each process, with which every process has one: streams give them out less evenly, least so
+    where processes do not divide the lanes, for some then have one more of them, at the end of an epoch too."""
+    return (3 if recipe.stream_lanes % world_size else 2) if recipe.streaming else 1
+
+
+def check_shares(recipe: Recipe, world_size: int, num_samples: int):
+    """Raises UserError where a process would have no image of a batch, or no part of a stream."""
+    batch_size, lanes = recipe.train_batch_size, recipe.stream_lanes
+    if batch_size < world_size * images_for_each(recipe, world_size):
+        raise UserError(f"--train_batch_size {batch_size} is too small for {world_size} processes.")
+    if recipe.streaming and world_size > lanes:
+        raise UserError(f"{world_size} processes share {lanes} lanes: set --stream_lanes {2 * world_size}.")
+    if recipe.streaming and world_size > num_samples:
+        raise UserError(f"{world_size} processes cannot share a stream of {num_samples} images.")
 
 
 # ---------------------------------------------------------------- tensors, whole and in shards

@@ -28,6 +28,7 @@ from .machine import agree
 from .sharding import gathered, shared_out
 
 Tensors = dict[str, torch.Tensor]
+ANOTHER_RUN = "go on with its flags, or begin from its weights with --model_name_or_path"
 
 
 @dataclass
@@ -114,6 +115,7 @@ class TrainingState:
             },
             "position": vars(self.position),
             "num_processes": self.accelerator.num_processes,
+            "optimizer": type(self.optimizer.optimizer).__name__,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         step = self.position.step
@@ -132,6 +134,11 @@ class TrainingState:
                 "channels or classes. Bring the old ones back, choose another --output_dir, or start afresh with "
                 "--overwrite_output_dir."
             )
+        kind, optimizer = saved.state.get("optimizer"), type(self.optimizer.optimizer).__name__
+        if kind is not None and kind != optimizer:
+            raise UserError(f"{path} is of a run with {kind}, this one has {optimizer}: {ANOTHER_RUN}.")
+        if self.averaged is not None and saved.averaged is None:
+            raise UserError(f"{path} has no averaged weights, which --ema_decay goes on from: {ANOTHER_RUN}.")
         self.model.load_state_dict(shared_out(saved.model, own))
         load_optimizer_tensors(self.optimizer.optimizer, self.parameter_names, saved.optimizer)
         state = saved.state

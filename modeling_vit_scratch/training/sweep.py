@@ -22,7 +22,7 @@ from accelerate.utils import parse_flag_from_env
 from ..errors import PassingError, UserError
 from ..results.sweep_plot import COSTS, SCORES, markdown, table, write_sweep
 from . import loop
-from .flags import exit_code
+from .flags import exit_code, out_of_memory
 from .machine import LONGEST_WAIT, agree, check_launch
 from .recipes import MAY_CHANGE_ON_RESUME, with_defaults
 from .run_folder import OURS, has_begun, is_partial, write_json
@@ -158,7 +158,7 @@ def run_one(plan: Plan, record: dict[str, Any], run: Run, state: PartialState) -
     except torch.OutOfMemoryError as error:
         if state.num_processes > 1:
             raise
-        wrong = UserError(f"Out of memory ({str(error).partition('.')[0]}); a smaller network or batch would fit.")
+        wrong = out_of_memory(str(error))
     # a run that has written down its recipe has found its data: what stops it then may be a value of the grid
     folders = [plan.folder / other["name"] for other in record["runs"]]
     if not agree(state, lambda: any(has_begun(folder) or (folder / "recipe.json").exists() for folder in folders)):

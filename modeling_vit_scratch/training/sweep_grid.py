@@ -14,7 +14,7 @@ from ..errors import UserError, unknown
 from ..results.sweep_plot import value_text, values_text
 from . import effects
 from .flags import Parser, parse_arguments, parse_value
-from .overrides import checkpoint_rates, merged_overrides, parse_overrides, split_outside_brackets
+from .overrides import checkpoint_overrides, merged_overrides, parse_overrides, split_outside_brackets
 from .recipes import FIELDS, RECIPES, Recipe
 
 LONGEST_NAME = 120  # letters of a run's folder; longer names are cut and end in a digest
@@ -33,7 +33,9 @@ NOT_SWEPT = {
     **dict.fromkeys(
         ("image_column_name", "label_column_name", "train_val_split", "max_eval_samples", "streaming"), OTHER_IMAGES
     ),
-    **dict.fromkeys(("logging_steps", "save_steps", "save_total_limit", "report_to", "push_to_hub"), NOT_LEARNED),
+    **dict.fromkeys(
+        ("logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to", "push_to_hub"), NOT_LEARNED
+    ),
 }
 
 
@@ -233,7 +235,7 @@ def combined_run(folder: Path, words: list[str], axes: list[Axis], places: tuple
 def check_network(recipe: Recipe, chosen: frozenset[str]):
     """Raises UserError for a network that could not be built whatever the data."""
     if recipe.model_name_or_path is not None:
-        fields = checkpoint_rates(recipe, chosen)
+        fields = checkpoint_overrides(recipe, chosen)
     else:
         if recipe.preset not in PRESETS:
             raise unknown("preset", recipe.preset, PRESETS)

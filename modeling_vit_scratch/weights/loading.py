@@ -52,7 +52,7 @@ def load_pretrained(
     num_channels: int | None = None,
     num_attention_heads: int | None = None,
     revision: str | None = None,
-    rates: dict[str, float | None] | None = None,
+    overrides: dict[str, Any] | None = None,
 ) -> tuple[ViTScratchForImageClassification, LoadingReport]:
     """The checkpoint's network in float32 for these classes, this image size and these channels, and the report.
 
@@ -60,9 +60,9 @@ def load_pretrained(
     Google. None keeps what the checkpoint has. The head is kept where the class names are the checkpoint's own, else
     drawn anew; learned positions are interpolated to another image size; between RGB and grey the patch kernel is
     summed or spread. num_attention_heads: for a bare file of an unusual width, which does not say it. revision: the
-    branch, tag or commit of a Hub repository. rates: of what is left out in training (RATES_OF_TRAINING), instead of
-    the checkpoint's. Raises UserError where there is no such checkpoint, and where any other tensor is missing, unknown
-    or of another shape.
+    branch, tag or commit of a Hub repository. overrides: fields of the configuration that change no tensor, such as
+    pooling and what is left out in training (RATES_OF_TRAINING), instead of the checkpoint's. Raises UserError where
+    there is no such checkpoint, and where any other tensor is missing, unknown or of another shape.
     """
     reading = _read_with_pixels(name_or_path, num_attention_heads, revision)
     if class_names is None and not reading.has_head:
@@ -71,7 +71,7 @@ def load_pretrained(
     if class_names is not None:
         wanted |= labels(class_names)
     wanted = {name: value for name, value in wanted.items() if value is not None}
-    return network_of(reading, wanted | (rates or {}))  # a rate may be None, which is "as hidden_dropout_prob"
+    return network_of(reading, wanted | (overrides or {}))  # a rate may be None, which is "as hidden_dropout_prob"
 
 
 def _read_with_pixels(name_or_path: str, num_attention_heads: int | None, revision: str | None = None) -> Reading:

@@ -73,10 +73,9 @@ def with_other_pixels(processor: Any, size: tuple[int, int], crop_pct: float | N
     Another size at the same share and the other way round: Touvron et al., "Fixing the train-test resolution
     discrepancy" (1906.06423), section 3.
     """
-    crops, resized = bool(processor.do_center_crop), dict(processor.size)
-    squashes = "shortest_edge" not in resized
-    if crop_pct is None and crops:
-        crop_pct = min(dict(processor.crop_size).values()) / min(resized.values())
+    crops, squashes = bool(processor.do_center_crop), "shortest_edge" not in dict(processor.size)
+    if crop_pct is None:
+        crop_pct = crop_share(processor)
     if crop_pct is None and squashes:
         fields = {"size": {"height": size[0], "width": size[1]}}
     elif crops and squashes:
@@ -84,6 +83,15 @@ def with_other_pixels(processor: Any, size: tuple[int, int], crop_pct: float | N
     else:
         fields = cropped(size, {"shortest_edge": round(max(size) / (crop_pct or 1.0))})
     return type(processor)(**{**processor.to_dict(), "do_resize": True, **fields})
+
+
+def crop_share(processor: Any) -> float | None:
+    """Which share of a resized image's side the processor's central crop keeps; None where it does not resize and
+    crop. Of images that are not square: the crop's longer side, as with_other_pixels and training take it."""
+    if not (processor.do_resize and processor.do_center_crop):
+        return None
+    crop, resized = dict(processor.crop_size), dict(processor.size)
+    return max(crop.values()) / resized.get("shortest_edge", max(resized.values()))
 
 
 def build_processor(fields: dict[str, Any], num_channels: int):
