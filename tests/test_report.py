@@ -1,5 +1,6 @@
 """Plots, report.html and model card, made from the folder of a run that never took place."""
 
+import csv
 import json
 import math
 import re
@@ -129,8 +130,14 @@ class Page(HTMLParser):
 
 def test_plots_are_pictures_of_a_sensible_size(run_dir: Path):
     paths = write_plots(run_dir)
-    assert [path.relative_to(run_dir).as_posix() for path in paths] == ["plots/curves.png", "plots/confusion.png"]
-    for path in paths:
+    names = ["plots/curves.png", "plots/confusion.png", "plots/confusion.csv"]
+    assert [path.relative_to(run_dir).as_posix() for path in paths] == names
+    with open(paths[-1], newline="", encoding="utf-8") as file:
+        (_, *columns), *rows = csv.reader(file)
+    results = json.loads((run_dir / "results.json").read_text())
+    assert columns == [row[0] for row in rows] == results["class_names"]
+    assert [[int(count) for count in row[1:]] for row in rows] == results["confusion"]["test"]
+    for path in paths[:-1]:
         with Image.open(path) as image:
             image.load()
             assert image.format == "PNG" and all(400 <= side <= 4000 for side in image.size)
@@ -155,7 +162,7 @@ def test_a_matrix_of_many_classes_is_not_drawn(tmp_path: Path):
     names = [f"class {k}" for k in range(51)]
     results = a_results(class_names=names, confusion={"test": np.eye(51, dtype=int).tolist()}, per_class={})
     run_dir = write_run(tmp_path / "many", results, training_rows(), A_RECIPE)
-    assert [path.name for path in write_plots(run_dir)] == ["curves.png"]
+    assert [path.name for path in write_plots(run_dir)] == ["curves.png", "confusion.csv"]
     assert "up to 50 classes" in Page(write_report(run_dir).read_text()).text
 
 
@@ -163,7 +170,7 @@ def test_a_class_without_images_and_a_loss_that_is_not_a_number_are_drawn(tmp_pa
     rows = [*training_rows(), {"step": 130, "loss": math.nan, "grad_norm": math.inf, "learning_rate": 1e-4}]
     confusion = {"validation": [[0, 0, 0, 0], *CONFUSION[1:]]}
     run_dir = write_run(tmp_path / "odd", a_results(confusion=confusion), rows, A_RECIPE)
-    assert len(write_plots(run_dir)) == 2
+    assert len(write_plots(run_dir)) == 3
 
 
 def test_running_mean_equals_the_mean_of_each_window():

@@ -337,8 +337,11 @@ def test_damaged_weights_are_no_score(digits, save_model, capsys):
 
 
 def test_many_classes_are_shown_by_their_mistakes(digits, capsys, tmp_path):
-    results = scores_of(capsys, tmp_path, digits[0], "--dataset_name", "digits", "-o", tmp_path / "confusion.png")
+    files = ("-o", tmp_path / "confusion.png", "--confusion", tmp_path / "new" / "confusion.csv")
+    results = scores_of(capsys, tmp_path, digits[0], "--dataset_name", "digits", *files)
     assert Image.open(tmp_path / "confusion.png").width > 300
+    lines = (tmp_path / "new" / "confusion.csv").read_text().splitlines()
+    assert lines[4] == ",".join(map(str, ["3", *results["confusion"][3]])) and len(lines) == 11
     num_classes = 60
     counts = np.eye(num_classes, dtype=int) * 5
     counts[3, 4], counts[8, 2] = 31, 7

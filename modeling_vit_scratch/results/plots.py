@@ -3,9 +3,10 @@
 Figures are drawn through matplotlib's object interface: pyplot's global state and the chosen backend stay as they are.
 """
 
+import csv
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,8 @@ LIGHT = Theme("#ffffff", "#1f2328", "#59636e", "#e3e7eb", "#0072b2", "#d55e00", 
 
 
 def write_plots(run_dir: str | Path) -> list[Path]:
-    """The paths of the pictures it writes: plots/curves.png, and plots/confusion.png for up to fifty classes."""
+    """The paths of what it writes: plots/curves.png, plots/confusion.png for up to fifty classes, and the counts of the
+    confusion of any number of classes as plots/confusion.csv."""
     run = read_run(run_dir)
     folder = run.folder / "plots"
     folder.mkdir(exist_ok=True)
@@ -51,6 +53,9 @@ def write_plots(run_dir: str | Path) -> list[Path]:
         if figure is not None:
             paths.append(folder / name)
             paths[-1].write_bytes(png_bytes(figure))
+    if (split := judged_split(run.results.get("confusion"))) is not None:
+        paths.append(folder / "confusion.csv")
+        paths[-1].write_text(confusion_csv(run.results["confusion"][split], run.class_names), encoding="utf-8")
     return paths
 
 
@@ -199,6 +204,15 @@ def curves_figure(run: RunRecord, theme: Theme) -> Figure | None:
 
 
 # ---------------------------------------------------------------- confusion
+
+
+def confusion_csv(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
+    """The matrix as CSV: a row for each true class, a column for each answer, names in the first of both."""
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(["true class \\ answer", *class_names])
+    table.writerows([name, *row] for name, row in zip(class_names, counts, strict=True))
+    return buffer.getvalue()
 
 
 def confusion_figure(run: RunRecord, theme: Theme) -> Figure | None:

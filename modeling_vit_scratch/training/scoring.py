@@ -22,7 +22,7 @@ from ..data.splits import Source, Split
 from ..errors import UserError, unknown
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..results.metrics import wilson_interval
-from ..results.plots import MOST_CLASSES_DRAWN
+from ..results.plots import MOST_CLASSES_DRAWN, confusion_csv
 from ..results.prediction import class_names_of, has_several_classes, open_model
 from ..results.score_text import MOST_CLASSES_LISTED, score_text, with_recall_intervals, write_confusion
 from ..weights import LoadingReport
@@ -267,6 +267,7 @@ def build_parser() -> Parser:
     add_pixel_flags(parser)
     parser.add_argument("--output", metavar="FILE", help="writes all of it, and the machine, as JSON")
     parser.add_argument("-o", "--picture", metavar="FILE", help="draws the confusion matrix into this PNG")
+    parser.add_argument("--confusion", metavar="FILE", help="writes the confusion matrix as CSV")
     return parser
 
 
@@ -318,7 +319,7 @@ def _run(own: Any):
     source, split = first_on_each_node(accelerator, lambda: open_split(options, own.test_dir, own.split, several))
     check_kind(source, model)
     source = match_classes(source, class_names_of(model), own.match_classes)
-    _check_picture(own.picture, source)
+    _check_pictures(own, source)
     for note in source.notes:
         accelerator.print(f"note: {note}")
     bad = drop_bad_images(accelerator, source, split) if options.bad_images == "skip" else []
@@ -360,8 +361,10 @@ def _options(own: Any) -> Recipe:
     return options
 
 
-def _check_picture(picture: str | None, source: Source):
-    if picture is None:
+def _check_pictures(own: Any, source: Source):
+    if own.confusion is not None and source.is_multi_label:
+        raise UserError("--confusion has no effect here: images of several classes each have no confusion matrix.")
+    if (picture := own.picture) is None:
         return
     if source.is_multi_label or len(source.class_names) > MOST_CLASSES_DRAWN:
         raise UserError(
@@ -391,5 +394,11 @@ def _write(own: Any, results: dict[str, Any]):
         flag = "--picture"
         if own.picture is not None:
             print(f"{write_confusion(own.picture, results)}: the confusion matrix")
+        flag = "--confusion"
+        if own.confusion is not None:
+            path = Path(own.confusion)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(confusion_csv(results["confusion"], results["class_names"]), encoding="utf-8")
+            print(f"{path}: the confusion matrix as CSV")
     except OSError as error:
         raise UserError(f"{flag} {getattr(own, flag[2:])} cannot be written: {error.strerror}.") from error
