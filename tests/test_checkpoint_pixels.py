@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from small_vit import build
 from timm.data import create_transform, resolve_data_config
+from torchvision.transforms.v2.functional import InterpolationMode, resize
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, pipeline
 
 from modeling_vit_scratch import ViTScratchImageProcessor, cli
@@ -140,6 +141,17 @@ def test_a_checkpoint_of_small_images_says_nothing_of_photographs(tmp_path, phot
     (tmp_path / "small" / "preprocessor_config.json").write_text(json.dumps(said))
     processor, _ = trained_on(tmp_path / "small", photos)
     assert processor.size["shortest_edge"] == 37 and processor.crop_size["height"] == 32
+
+
+def test_interpolation_is_the_checkpoints_unless_a_person_says_another(checkpoint, photos, photo):
+    assert trained_on(checkpoint(resample=3), photos)[0].resample == 3
+    assert trained_on(checkpoint(resample=3), photos, "--interpolation", "bilinear")[0].resample == 2
+    processor, decoder = trained_on(checkpoint(), photos, "--interpolation", "bicubic")
+    image = torch.from_numpy(np.array(Image.open(photo).convert("RGB"))).permute(2, 0, 1)
+    expected = resize(image, [SIDE, SIDE], InterpolationMode.BICUBIC, antialias=True)  # the whole of it
+    found = Decoder(processor)(Example(photo.read_bytes(), 0, photo.name))
+    assert processor.resample == decoder.processor.resample == 3
+    assert (found.float() - expected.float()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("crop_pct", [0.9, 1.0])

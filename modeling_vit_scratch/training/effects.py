@@ -128,7 +128,10 @@ IDLE_ON_SOURCE: dict[str, tuple[Callable[[Source, Decoder], bool], str]] = {
                          for n, split in s.splits.items()),
         "the images are decoded once and kept in memory",
     ),
-    "crop_pct": (lambda s, d: not d.processor.do_center_crop, "the images are small and of one size: seen whole"),
+    **dict.fromkeys(
+        ("crop_pct", "interpolation"),
+        (lambda s, d: not d.processor.do_center_crop, "the images are small and of one size: seen whole"),
+    ),
 }  # fmt: skip
 
 

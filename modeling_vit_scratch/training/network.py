@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from transformers.image_utils import PILImageResampling
 from transformers.utils import is_torchvision_available
 
 from ..configuration_vit_scratch import PRESETS, ViTScratchConfig, pair
@@ -119,6 +120,8 @@ def build_processor(
     crop_pct, crop_mode = fields.pop("crop_pct", recipe.crop_pct), fields.pop("crop_mode", "center")
     if "crop_pct" in chosen:
         crop_pct, crop_mode = recipe.crop_pct, "center"
+    if "resample" not in fields or "interpolation" in chosen:
+        fields["resample"] = int(PILImageResampling[recipe.interpolation.upper()])
     for name in ("image_mean", "image_std"):
         values = getattr(recipe, name)
         if name in fields and name not in chosen:

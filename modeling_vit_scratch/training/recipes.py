@@ -68,6 +68,9 @@ class Recipe:
     crop_pct: float = flag(
         0.875, DATA, "share of a photograph's shorter side that evaluation's central crop keeps", above=0, at_most=1
     )
+    interpolation: str = flag(
+        "bilinear", DATA, "how photographs are resized, in training and evaluation", choices=("bilinear", "bicubic")
+    )
     image_mean: tuple[float, ...] | None = flag(None, DATA, "mean of each channel of pixels in [0, 1]; else 0.5")
     image_std: tuple[float, ...] | None = flag(None, DATA, "standard deviation of each channel; else 0.5")
     balanced_sampler: bool = flag(False, DATA, "each class is drawn as often as any other, however many images it has")
