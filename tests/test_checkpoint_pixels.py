@@ -75,6 +75,7 @@ def test_a_model_answers_as_a_pipeline_of_transformers_does(checkpoint, photo, s
     "said, other, size, crop",
     [
         ({}, {"image_size": 192}, {"height": 192, "width": 192}, None),
+        ({}, {"image_size": (192, 96)}, {"height": 192, "width": 96}, None),
         ({"size": {"shortest_edge": 160}}, {"image_size": 192}, {"shortest_edge": 240}, 192),  # at the same share
         ({"size": {"shortest_edge": 160}}, {"image_size": 96, "crop_pct": 1.0}, {"shortest_edge": 96}, 96),
         ({"size": {"height": 160, "width": 160}}, {"image_size": 64}, {"height": 80, "width": 80}, 64),

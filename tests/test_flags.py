@@ -189,6 +189,15 @@ def test_what_the_machine_does_to_a_run_is_one_line(error, begins, capsys, monke
             exit_code(act)
 
 
+def test_an_image_size_is_a_side_or_height_and_width(tmp_path):
+    assert [parse_arguments(["--image_size", text])[0].image_size for text in ("24", "16,24")] == [24, (16, 24)]
+    (tmp_path / "flags.yaml").write_text("image_size: [16, 24]")
+    assert parse_arguments(["--config", str(tmp_path / "flags.yaml")])[0].image_size == (16, 24)
+    for text, message in (("16,24,3", "takes a whole number"), ("16,x", "takes a whole number"), ("0,8", "at least 1")):
+        with pytest.raises(UserError, match=f"--image_size .*{message}"):
+            parse_arguments(["--image_size", text])
+
+
 def test_names_of_other_programs_lead_to_flags_that_there_are():
     assert set(OTHER_NAMES.values()) <= set(FIELDS) and not set(REFUSED) & set(FIELDS)
     assert set(OTHER_NAMES) <= set(REFUSED)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from test_run_train import TINY, equal, metrics, run, weights
 
+from modeling_vit_scratch import ViTScratchForImageClassification
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.training import loop
 from modeling_vit_scratch.training.guard import FiniteGuard
@@ -119,6 +120,19 @@ def test_each_epoch_may_be_evaluated_and_saved(tmp_path, capsys):
     for name in ("eval", "save"):
         with pytest.raises(UserError, match=f"--{name}_steps has no effect here: --{name}_strategy epoch"):
             run(tmp_path / "other", *flags, f"--{name}_strategy", "epoch", f"--{name}_steps", 5)
+
+
+def test_images_that_are_no_squares_are_trained_on_and_gone_on_with(tmp_path, capsys):
+    flags = ["--max_steps", 2, "--image_size", "8,16"]
+    run(tmp_path / "run", *flags)
+    results = run(tmp_path / "run", *flags)  # finished: the same recipe, read from its file
+    assert results["steps"] == 2 and "finished" in capsys.readouterr().out
+    model = ViTScratchForImageClassification.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.image_height_width == (8, 16)
+    start = ["--dataset_name", "digits", "--model_name_or_path", tmp_path / "run" / "model", "--max_steps", 1]
+    run(tmp_path / "tuned", *start, "--image_size", "16,8", "--config_overrides", "none")
+    tuned = ViTScratchForImageClassification.from_pretrained(tmp_path / "tuned" / "model")
+    assert tuned.config.image_height_width == (16, 8)
 
 
 def test_a_score_that_is_not_finite_is_never_the_best():

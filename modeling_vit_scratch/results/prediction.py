@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..configuration_vit_scratch import pair
 from ..data.augmentation import normalise
 from ..data.decoding import BadImageError, Decoder, Processor, normalisation, output_size
 from ..data.examples import Example
@@ -53,14 +54,15 @@ class Prediction:
 
 
 def open_model(
-    name_or_path: str, image_size: int | None = None, crop_pct: float | None = None
+    name_or_path: str, image_size: int | tuple[int, int] | None = None, crop_pct: float | None = None
 ) -> tuple[ViTScratchForImageClassification, Processor, LoadingReport]:
     """The network in evaluation mode, its image processor and the loading report, of a run's folder (its model/), a
     checkpoint's folder or a Hub repository.
 
-    image_size: another side of its images in pixels, to which learned positions are interpolated. crop_pct: another
-    share of an image's shorter side for the central crop. Raises UserError for a run that has no model yet, for a
-    checkpoint without a classifier, where the weights cannot be loaded, and for a size that the patches do not divide.
+    image_size: another side, or (height, width), of its images in pixels, to which positions are interpolated.
+    crop_pct: another share of an image's shorter side for the central crop. Raises UserError for a run that has no
+    model yet, for a checkpoint without a classifier, where the weights cannot be loaded, and for a size that the
+    patches do not divide.
     """
     run = Path(name_or_path).expanduser()
     if (run / "recipe.json").is_file():
@@ -74,7 +76,7 @@ def open_model(
         processor = load_processor(name_or_path)
         if image_size is not None or crop_pct is not None:
             own = output_size(processor)
-            size = own if image_size is None else (image_size, image_size)
+            size = own if image_size is None else pair(image_size)
             if size != own or crop_pct is not None:
                 processor = with_other_pixels(processor, size, crop_pct)
         made, taken = output_size(processor), model.config.image_height_width

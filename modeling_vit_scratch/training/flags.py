@@ -142,7 +142,11 @@ def parse_value(name: str, value: Any) -> Any:
     optional = isinstance(annotation, types.UnionType)
     if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         return None
+    is_pair = isinstance(value, (list, tuple)) or "," in str(value)
     try:
+        if is_pair and kind is int and tuple[int, int] in typing.get_args(annotation):
+            height, width = value if isinstance(value, (list, tuple)) else value.split(",")
+            return int(height), int(width)
         if kind is bool:
             if isinstance(value, bool):
                 return value
@@ -155,7 +159,8 @@ def parse_value(name: str, value: Any) -> Any:
         return int(float(value)) if kind is int else kind(value)
     except (ValueError, KeyError, OverflowError, TypeError):
         expected = {bool: "true or false", int: "a whole number", float: "a number", tuple: "numbers with commas"}
-        raise UserError(f"--{name} takes {expected.get(kind, 'text')}, got {value!r}.") from None
+        two = ", or height,width" if tuple[int, int] in typing.get_args(annotation) else ""
+        raise UserError(f"--{name} takes {expected.get(kind, 'text')}{two}, got {value!r}.") from None
 
 
 def parse_arguments(arguments: list[str]) -> tuple[Recipe, frozenset[str]]:

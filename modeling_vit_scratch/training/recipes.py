@@ -64,7 +64,9 @@ class Recipe:
         0.2, DATA, "with bad_images skip, the largest share of a split that may be left out; above it the run stops",
         above=0, at_most=1,
     )  # fmt: skip
-    image_size: int | None = flag(None, DATA, "side of the images the network sees, in pixels", at_least=1)
+    image_size: int | tuple[int, int] | None = flag(
+        None, DATA, "side of the images the network sees, in pixels, or height,width", at_least=1
+    )
     crop_pct: float = flag(
         0.875, DATA, "share of a photograph's shorter side that evaluation's central crop keeps", above=0, at_most=1
     )

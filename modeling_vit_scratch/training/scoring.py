@@ -41,7 +41,7 @@ SHARED = (
     "eval_batch_size", "dataloader_num_workers", "cpu_threads",
 )  # fmt: skip
 PIXELS = {  # those of the trainer's flags that give a checkpoint other pixels than its own
-    "image_size": "side of the images the network sees, in pixels; learned positions are interpolated",
+    "image_size": "side of the images the network sees, in pixels, or height,width; positions are interpolated",
     "crop_pct": "share of an image's shorter side that the central crop keeps",
 }
 SPLITS = ("test", "validation", "train")
