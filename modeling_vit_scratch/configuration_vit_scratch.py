@@ -41,6 +41,9 @@ def nearest_image_sizes(size: int, patch: int, stride: int) -> tuple[int, int]:
     return below, below if below == size else below + stride
 
 
+COUNTED_POSITIONS = ("sincos2d", "rope2d")  # kinds that are computed from rows and columns
+
+
 @strict
 class ViTScratchConfig(PreTrainedConfig):
     """Architecture of a plain Vision Transformer (Dosovitskiy et al., 2010.11929), as declared facts.
@@ -118,10 +121,23 @@ class ViTScratchConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """As transformers' own, but the fields that `kwargs` put over the saved ones are validated too."""
+        """As transformers' own, but the fields that `kwargs` put over the saved ones are validated too, and positions
+        that are computed go on to span the saved size where `kwargs` has another."""
         loaded = super().from_dict(config_dict, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).validate_architecture()
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if "image_size" in kwargs and "position_image_size" not in kwargs:
+            saved = config_dict.get("image_size", cls.image_size)
+            config.position_image_size = config.spanned_at(config.image_size, saved)
+        config.validate_architecture()
         return loaded
+
+    def spanned_at(self, image_size: Size, trained: Size) -> Size | None:
+        """The `position_image_size` for images of `image_size` of a network trained at `trained`, or at the size that
+        it spans already. None where that is the same one, or where positions are a table or none."""
+        if self.position_embedding_type not in COUNTED_POSITIONS:
+            return None
+        spanned = trained if self.position_image_size is None else self.position_image_size
+        return None if pair(spanned) == pair(image_size) else spanned
 
     # --- derived values: properties, never second fields
 
@@ -213,10 +229,16 @@ class ViTScratchConfig(PreTrainedConfig):
                     f"never be seen; use at most {patch}."
                 )
         self.patch_grid_of(*self.image_height_width)
-        try:
-            self.position_grid  # noqa: B018
-        except ValueError as error:
-            raise ValueError(f"position_{error}") from None
+        if self.position_image_size is not None:
+            if self.position_embedding_type not in COUNTED_POSITIONS:
+                raise ValueError(
+                    f"position_image_size has no effect with position_embedding_type {self.position_embedding_type!r}; "
+                    f"it goes with {' and '.join(COUNTED_POSITIONS)}."
+                )
+            try:
+                self.position_grid  # noqa: B018
+            except ValueError as error:
+                raise ValueError(f"position_{error}") from None
 
     def _check_heads(self):
         heads, hidden = self.num_attention_heads, self.hidden_size

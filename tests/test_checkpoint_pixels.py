@@ -209,6 +209,13 @@ def test_other_pixels_at_the_own_size_are_the_own_pixels(checkpoint):
         assert fields[0] == fields[1]
 
 
+def test_an_uncropped_size_takes_the_place_of_a_crop_without_a_resize(checkpoint):
+    crop = {"do_center_crop": True, "crop_size": {"height": SIDE, "width": SIDE}}
+    model, processor, _ = open_model(str(checkpoint(do_resize=False, **crop)), image_size=96)
+    assert (dict(processor.size), processor.do_center_crop) == ({"height": 96, "width": 96}, False)
+    assert model.config.image_height_width == (96, 96)
+
+
 def test_a_crop_that_is_no_square_keeps_its_share():
     wide = ViTScratchImageProcessor(size={"shortest_edge": 512}, do_center_crop=True,
                                     crop_size={"height": 224, "width": 448})  # fmt: skip

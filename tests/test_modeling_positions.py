@@ -1,6 +1,7 @@
 """Positions: the fixed table, the rotary angles, interpolation to another image size."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from modeling_vit_scratch.modeling_vit_scratch import (
     rotate,
     sincos2d_positions,
 )
+from modeling_vit_scratch.training.run_folder import keep_positions
 from modeling_vit_scratch.weights import load_pretrained
 
 
@@ -187,6 +189,36 @@ def test_a_checkpoint_for_another_size_is_the_network_that_interpolates(kind, tm
             torch.testing.assert_close(back(images()).logits, model(images()).logits, rtol=0, atol=0)
 
 
+def test_a_configuration_for_another_size_spans_the_saved_one(tmp_path):
+    """... for who loads it by itself, as a repository's own code is loaded without this package."""
+    for kind, spanned in (("rope2d", 32), ("sincos2d", 32), ("learned", None)):
+        build(position_embedding_type=kind).config.save_pretrained(tmp_path / kind)
+        config = ViTScratchConfig.from_pretrained(tmp_path / kind, image_size=64)
+        assert config.position_image_size == spanned and config.patch_grid == (8, 8)
+        config.save_pretrained(tmp_path / "again")
+        assert ViTScratchConfig.from_pretrained(tmp_path / "again").position_image_size == spanned
+        assert ViTScratchConfig.from_pretrained(tmp_path / "again", image_size=96).position_image_size == spanned
+        assert ViTScratchConfig.from_pretrained(tmp_path / "again", image_size=32).position_image_size is None
+
+
+def test_a_run_goes_on_with_the_positions_of_its_checkpoint(tmp_path):
+    """Those of older versions spanned the new size."""
+    config = ViTScratchConfig(
+        **{**SMALL, "position_embedding_type": "rope2d", "position_image_size": 32, "image_size": 64}
+    )
+    for saved in ({}, {"position_image_size": 48}):
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        keep_positions(config, tmp_path)
+        assert config.position_image_size == saved.get("position_image_size")
+    keep_positions(config, None)
+    assert config.position_image_size == 48
+
+
+def test_positions_of_a_table_span_nothing():
+    with pytest.raises(ValueError, match="position_image_size has no effect with position_embedding_type 'learned'"):
+        ViTScratchConfig(position_image_size=32)
+
+
 def test_a_size_of_positions_is_checked_as_that_of_images():
     with pytest.raises(ValueError, match="position_image_size: a height of 33 .* nearest sizes that are: 32 and"):
-        ViTScratchConfig(image_size=32, patch_size=8, position_image_size=33)
+        ViTScratchConfig(image_size=32, patch_size=8, position_embedding_type="rope2d", position_image_size=33)

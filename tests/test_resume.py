@@ -270,7 +270,28 @@ def test_a_checkpoint_of_another_run_is_compared_and_costs_nothing_where_it_is_r
     ):
         with pytest.raises(UserError, match=message):
             run(tmp_path / "fresh", *on, *flags)
+    own = tmp_path / "run" / "checkpoints" / "step-000005"
+    with pytest.raises(UserError, match=f"--overwrite_output_dir would remove {own}"):
+        run(tmp_path / "run", *LENGTH, "--save_steps", 5, "--overwrite_output_dir", "--resume_from_checkpoint", own)
     assert steps_kept(tmp_path / "run") == [5, 10]
+
+
+def test_the_last_checkpoint_of_another_run_is_taken_over_before_it_is_scored(tmp_path, monkeypatch):
+    flags = [*LENGTH, "--eval_batch_size", 7]
+    expected = run(tmp_path / "whole", *flags)
+    last = tmp_path / "whole" / "checkpoints" / "step-000010"
+    real = loop.evaluate
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", signalled)
+    with pytest.raises(loop.Interrupted, match="without --resume_from_checkpoint, goes on from there"):
+        run(tmp_path / "run", *flags, "--resume_from_checkpoint", last)
+    assert steps_kept(tmp_path / "run") == [10]
+    monkeypatch.setattr(loop, "evaluate", real)
+    assert run(tmp_path / "run", *flags)["test_loss"] == expected["test_loss"]
 
 
 def test_a_constant_rate_may_be_trained_longer_and_ends_as_if_it_had_been_asked_at_once(tmp_path):

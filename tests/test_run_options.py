@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from test_run_train import TINY, equal, metrics, run, weights
 from modeling_vit_scratch import ViTScratchForImageClassification
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.training import loop
+from modeling_vit_scratch.training.checkpointing import save_checkpoint
 from modeling_vit_scratch.training.guard import FiniteGuard
 from modeling_vit_scratch.training.objectives import class_weights
 from modeling_vit_scratch.training.recipes import RECIPES
@@ -103,10 +105,36 @@ def test_the_run_stops_early_when_the_score_no_longer_rises(tmp_path, capsys):
     assert again["steps"] == results["steps"] and again["test_loss"] == results["test_loss"]
 
 
-def test_a_patience_that_cannot_end_the_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="10 cannot stop this run, which has 10 evaluations, every 4 steps of 40"):
-        run(tmp_path / "run", "--max_steps", 40, "--eval_steps", 4, "--early_stopping_patience", 10)
-    run(tmp_path / "run", "--max_steps", 40, "--eval_steps", 4, "--early_stopping_patience", 9)
+def test_a_patience_that_cannot_end_the_run_is_refused(tmp_path, monkeypatch):
+    flags = ["--max_steps", 40, "--eval_steps", 4, "--early_stopping_patience"]
+    with pytest.raises(UserError, match="9 cannot stop this run: 40 steps, .* each 4 are followed .* 10 that count"):
+        run(tmp_path / "run", *flags, 9)  # the first is the best, the tenth at the end
+    run(tmp_path / "run", *flags, 8)
+    dropped = ["--config_overrides", f"{TINY},patch_drop_rate=0.5", "--full_size_step", 20]
+    dropped += ["--gradient_accumulation_steps", 1]
+    with pytest.raises(UserError, match="5 cannot stop this run: .* 6 that count"):  # those of steps 20 to 40
+        run(tmp_path / "dropped", *flags, 5, *dropped)
+    budget = ["--time_budget", "60s", "--eval_steps", 0.25, "--early_stopping_patience"]
+    monkeypatch.setattr(Rehearsal, "steps_within", lambda *_: 9)
+    with pytest.raises(UserError, match="4 cannot stop this run"):  # of five evaluations
+        run(tmp_path / "budget", *budget, 4)
+    run(tmp_path / "budget", *budget, 3)  # as the error says, in the folder that nobody owns
+
+
+def test_a_run_of_before_goes_on_with_its_evaluations(tmp_path, monkeypatch):
+    flags = ["--max_steps", 60, "--train_batch_size", 600, "--early_stopping_patience", 30, "--save_steps", 12]
+    flags += ["--save_total_limit", 9]
+    monkeypatch.setattr(loop, "check_patience", lambda *_: None)
+    run(tmp_path / "run", *flags)
+    assert len([row for row in metrics(tmp_path / "run") if "eval_loss" in row]) == 20
+    folder = tmp_path / "run" / "checkpoints" / "step-000012"
+    state = json.loads((folder / "state.json").read_text())
+    del state["position"]["evaluates_each_epoch"]
+    tensors = [load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer")]
+    save_checkpoint(tmp_path / "old" / "checkpoints", state.pop("step"), *tensors, state)
+    shutil.copy(tmp_path / "run" / "recipe.json", tmp_path / "old")
+    run(tmp_path / "old", *flags)
+    assert [row["step"] for row in metrics(tmp_path / "old") if "eval_loss" in row] == list(range(18, 61, 6))
 
 
 def test_each_epoch_may_be_evaluated_and_saved(tmp_path, capsys):
@@ -115,7 +143,7 @@ def test_each_epoch_may_be_evaluated_and_saved(tmp_path, capsys):
     evaluated = [row["step"] for row in metrics(tmp_path / "run") if "eval_loss" in row]
     saved = sorted(int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert evaluated == saved == [3, 6, 9, 12, 15, 18, 21, 24, 26]  # 1,295 images: 2.2 steps an epoch
-    run(tmp_path / "patient", *flags, "--early_stopping_patience", 8)  # no matter how many, then
+    run(tmp_path / "patient", *flags, "--early_stopping_patience", 7)  # no matter how many, then
     assert "validation every 3 steps" in capsys.readouterr().out
     for name in ("eval", "save"):
         with pytest.raises(UserError, match=f"--{name}_steps has no effect here: --{name}_strategy epoch"):
@@ -133,6 +161,12 @@ def test_images_that_are_no_squares_are_trained_on_and_gone_on_with(tmp_path, ca
     run(tmp_path / "tuned", *start, "--image_size", "16,8", "--config_overrides", "none")
     tuned = ViTScratchForImageClassification.from_pretrained(tmp_path / "tuned" / "model")
     assert tuned.config.image_height_width == (16, 8)
+
+
+def test_interpolation_of_small_images_that_are_enlarged_is_an_effect(tmp_path):
+    run(tmp_path / "run", "--max_steps", 1, "--image_size", 16, "--interpolation", "bicubic")
+    processor = json.loads((tmp_path / "run" / "model" / "preprocessor_config.json").read_text())
+    assert processor["resample"] == 3
 
 
 def test_a_score_that_is_not_finite_is_never_the_best():

@@ -216,11 +216,19 @@ def test_a_later_run_that_cannot_start_is_a_failure_of_its_own(trained, tmp_path
     assert [run["status"] for run in record["runs"]] == ["finished", "failed", "finished"]
 
 
-def test_a_network_too_large_for_the_memory_is_a_failure_of_its_own(trained, tmp_path):
-    trained(ends={"hidden_size-32": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")})
+@pytest.mark.parametrize(
+    "error, what",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), "CUDA out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"),
+         "you tried to allocate 9 bytes"),
+    ],
+)  # fmt: skip
+def test_a_network_too_large_for_the_memory_is_a_failure_of_its_own(error, what, trained, tmp_path):
+    trained(ends={"hidden_size-32": error})
     arguments = ["--grid", "hidden_size=16,32", "--config_overrides", "num_hidden_layers=1"]
     record = sweep(plan(tmp_path / "s", *arguments))
-    assert record["runs"][1]["note"].startswith("Out of memory (CUDA out of memory). Fewer images at once")
+    assert record["runs"][1]["note"].startswith(f"Out of memory ({what}). Fewer images at once")
 
 
 def test_a_sweep_whose_every_run_failed_is_an_error(trained, tmp_path, capsys):

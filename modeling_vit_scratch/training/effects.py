@@ -8,6 +8,7 @@ from ..data.loading import is_resident
 from ..data.splits import Source
 from ..errors import UserError
 from .features import can_cache_features, drawn_of_images
+from .network import probe_source
 from .overrides import checkpoint_overrides, has_own_patch_drop_rate, may_see_less, patch_drop_rate_of
 from .recipes import CONSTANT, MULTI_LABEL_METRICS, Recipe
 from .time_budget import seconds_of
@@ -128,9 +129,10 @@ IDLE_ON_SOURCE: dict[str, tuple[Callable[[Source, Decoder], bool], str]] = {
                          for n, split in s.splits.items()),
         "the images are decoded once and kept in memory",
     ),
-    **dict.fromkeys(
-        ("crop_pct", "interpolation"),
-        (lambda s, d: not d.processor.do_center_crop, "the images are small and of one size: seen whole"),
+    "crop_pct": (lambda s, d: not d.processor.do_center_crop, "the images are small and of one size: seen whole"),
+    "interpolation": (
+        lambda s, d: not d.processor.do_center_crop and probe_source(s)[0] == d.size,
+        "the images have the size that the network sees",
     ),
 }  # fmt: skip
 

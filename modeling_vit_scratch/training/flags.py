@@ -20,7 +20,7 @@ from .overrides import merged_overrides
 from .recipes import COUNTED_LENGTHS, FIELDS, FINETUNING, GROUPS, RECIPES, Recipe
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-NO_MEMORY = "can't allocate memory"  # of torch's allocator for CPUs, whose error is a plain RuntimeError
+NO_MEMORY = ("can't allocate memory", "MPS backend out of memory")  # of torch's plain RuntimeErrors
 PEER_IS_GONE = (  # gloo's and NCCL's words where a process waits for one that has ended
     "Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe",
 )  # fmt: skip
@@ -35,13 +35,12 @@ OTHER_NAMES = {
     "grad_checkpointing": "gradient_checkpointing", "hflip": "horizontal_flip_prob", "img_size": "image_size",
     "initial_checkpoint": "model_name_or_path", "input_size": "image_size", "log_interval": "logging_steps",
     "logging_dir": "output_dir", "lr": "learning_rate", "lr_scheduler": "lr_scheduler_type",
-    "max_train_steps": "max_steps", "mean": "image_mean", "min_lr": "min_lr_rate", "mixup": "mixup_alpha",
+    "max_train_steps": "max_steps", "mean": "image_mean", "mixup": "mixup_alpha",
     "model_ema": "ema_decay", "model_ema_decay": "ema_decay", "num_warmup_steps": "warmup_steps", "opt": "optim",
     "opt_eps": "adam_epsilon", "output": "output_dir", "pretrained": "model_name_or_path",
     "ratio": "random_resized_crop_ratio", "recovery_interval": "save_steps", "reprob": "random_erasing_prob",
     "resume": "resume_from_checkpoint", "sched": "lr_scheduler_type", "smoothing": "label_smoothing_factor",
-    "std": "image_std", "torchcompile": "torch_compile", "train_num_samples": "max_train_samples",
-    "val_interval": "eval_steps", "val_num_samples": "max_eval_samples", "validation_batch_size": "eval_batch_size",
+    "std": "image_std", "torchcompile": "torch_compile", "validation_batch_size": "eval_batch_size",
     "vflip": "vertical_flip_prob", "workers": "dataloader_num_workers",
 }  # fmt: skip
 _FIELD_OF_NETWORK = "a field of the network: use --config_overrides"
@@ -59,7 +58,7 @@ REFUSED = {
     "device": f"the launcher chooses it (`accelerate launch --cpu`): it {_MACHINE}",
     "do_eval": "evaluation is part of training; --train_val_split 0 leaves it out",
     "do_train": "training is what this command does",
-    "drop": f"{_FIELD_OF_NETWORK} hidden_dropout_prob=0.1",
+    "drop": f"{_FIELD_OF_NETWORK} hidden_dropout_prob=0.1, which acts in each layer",
     "drop_path": f"{_FIELD_OF_NETWORK} drop_path_rate=0.1",
     "drop_path_rate": f"{_FIELD_OF_NETWORK} drop_path_rate=0.1",
     "epoch_repeats": "use --num_train_epochs, or --aug_repeats for the same image several times in a batch",
@@ -71,6 +70,7 @@ REFUSED = {
     "in_chans": "the data tell the number of channels",
     "local_rank": "the launcher sets it",
     "log_wandb": "use --report_to wandb",
+    "min_lr": "use --min_lr_rate, a share of the highest rate",
     "model": _NEW_OR_NOT,
     "model_type": _NEW_OR_NOT,
     "no_cuda": "use `accelerate launch --cpu`",
@@ -81,11 +81,12 @@ REFUSED = {
     "per_device_eval_batch_size": f"use --eval_batch_size: {_GLOBAL}",
     "per_device_train_batch_size": f"use --train_batch_size: {_GLOBAL}",
     "remove_unused_columns": "not needed: only the columns of images and labels are read",
-    "run_name": "a run is named as the folder of --output_dir",
+    "run_name": "a run is named as the folder of --output_dir, in wandb too",
     "scale": "use --random_resized_crop_scale, the smallest share of an image's area",
     "token": _TOKEN,
     "trust_remote_code": "not needed: weights are read, no code of a repository is run",
     "use_cpu": "use `accelerate launch --cpu`",
+    "val_interval": "use --eval_strategy epoch, or --eval_steps",
     "warmup_epochs": "use --warmup_steps; under 1 it is a share of all steps",
     "warmup_ratio": "use --warmup_steps; under 1 it is a share of all steps",
     "with_tracking": "use --report_to",
@@ -266,7 +267,7 @@ def exit_code(act: Callable[[], object]) -> int:
             text = TOKEN.sub("hf_***", " ".join(str(error).split()))
             print(f"error: {text}", file=sys.stderr, flush=True)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if (known := _known(error)) is None:
             raise
         print(f"error: {known}", file=sys.stderr, flush=True)
@@ -286,21 +287,26 @@ def exit_code(act: Callable[[], object]) -> int:
     return 0
 
 
-def _known(error: RuntimeError) -> UserError | None:
+def _known(error: RuntimeError | MemoryError) -> UserError | None:
     """What to say where it is clear what the error means, else None."""
     from ..data.loading import lost_worker
 
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in text:
-        return out_of_memory(text)
+    if (lacking := out_of_memory(error)) is not None:
+        return lacking
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(sign in text for sign in PEER_IS_GONE):
-        return UserError("Another process has stopped, and says why.")
+        return UserError(
+            "Another process has stopped. Its own message says why; one without was killed, often for memory."
+        )
     return lost_worker(error)
 
 
-def out_of_memory(text: str) -> UserError:
-    """The sentence for an allocation that failed, from what torch says of it."""
-    what = text.rpartition(NO_MEMORY + ": ")[2].partition(".")[0]
+def out_of_memory(error: Exception) -> UserError | None:
+    """What to say where the error is that an allocation failed, on any device, else None."""
+    text = str(error)
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(sign in text for sign in NO_MEMORY):
+        return None
+    what = text.rpartition("allocate memory: ")[2].partition(".")[0] or "no more is there"
     return UserError(
         f"Out of memory ({what}). Fewer images at once need less: --gradient_accumulation_steps takes the same steps "
         "in parts; or lower --train_batch_size, --eval_batch_size or predict's --batch_size, or take "

@@ -60,7 +60,7 @@ from .recording import (
     training_row,
 )
 from .resolution import resolution_of
-from .run_folder import data_facts, how_to_go_on, names_checkpoint, open_run, remove_later
+from .run_folder import data_facts, how_to_go_on, keep_positions, names_checkpoint, open_run, remove_later
 from .schedules import check_patience, check_schedule, in_steps, learning_rate_at
 from .sharding import (
     check_recipe,
@@ -133,9 +133,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         if repository is not None and accelerator.is_main_process:
             print(push_at_end(output_dir, repository), flush=True)
         return run.results
-    workers = recipe.dataloader_num_workers
-    if workers is None:
-        workers = num_decoding_workers(decoder, device)
+    keep_positions(model.config, run.checkpoint)
+    workers = num_decoding_workers(decoder, device, recipe.dataloader_num_workers)
     common = (rank, world_size, workers, device)
     threads = torch.get_num_threads()
     data = TrainingData(
@@ -243,13 +242,14 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
 
     # --- how many steps
     epoch_steps = math.ceil(num_samples / batch_size)
+    position.evaluates_each_epoch |= run.checkpoint is None and recipe.early_stopping_patience is not None
 
     def evaluation_interval(total_steps: int) -> int:
         if recipe.eval_strategy == "epoch":
             return epoch_steps
         if recipe.eval_steps is not None:
             return in_steps(recipe.eval_steps, total_steps)
-        evaluations = EVALUATIONS_PER_RUN if recipe.early_stopping_patience is None else total_steps
+        evaluations = total_steps if position.evaluates_each_epoch else EVALUATIONS_PER_RUN
         return max(math.ceil(total_steps / evaluations), epoch_steps)
 
     if position.total_steps is None or recipe.time_budget is None:
@@ -283,17 +283,18 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         raise UserError(f"{output_dir} is at step {position.step} already: {total_steps} steps are fewer.")
     (output_dir / "results.json").unlink(missing_ok=True)  # of a run that is made longer
     check_schedule(recipe, total_steps)
+    full_size_begins = resolution.num_initial_steps(total_steps)
+    eval_every = evaluation_interval(total_steps)
+    if run.checkpoint is None and "validation" in held:
+        check_patience(recipe.early_stopping_patience, eval_every, total_steps, full_size_begins)
     resolution.check_length(total_steps)
     check_decay(recipe.ema_decay, total_steps)
     mixing_ends = total_steps if recipe.mixup_off_step is None else in_steps(recipe.mixup_off_step, total_steps)
-    full_size_begins = resolution.num_initial_steps(total_steps)
     if recipe.time_budget is not None and position.step == 0:
         guard.check(0.0, where_to_go_on)
         state.save()  # the number of steps is never measured again
     lines = [] if loading_report is None else [str(loading_report), str(finetuning)]
     lines += resolution.stages(total_steps, model.config)
-    eval_every = evaluation_interval(total_steps)
-    check_patience(recipe.early_stopping_patience, eval_every, total_steps)
     save_every = epoch_steps if recipe.save_strategy == "epoch" else in_steps(recipe.save_steps, total_steps)
     scored_every = eval_every if "validation" in held else None
     announce(accelerator, source, num_parameters, lines, total_steps, batch_size, data, workers, scored_every)
@@ -402,10 +403,13 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         progress.close()
         if interruptions.now():  # since the last step that looked
             stop()
+        if first_step == total_steps and run.checkpoint is not None and run.checkpoint.parent != checkpoints:
+            state.save()  # the other run's last step was taken over, and nothing is here yet
         if position.has_stopped_early:
+            than = "that is a number" if position.best_step is None else f"better than at step {position.best_step}"
             accelerator.print(
                 f"stopped early at step {position.step}: {position.evaluations_since_best} evaluations without a "
-                f"better {recipe.metric_for_best_model} than at step {position.best_step}"
+                f"{recipe.metric_for_best_model} {than}"
             )
 
         # --- final scores, once, of the weights that are published

@@ -266,9 +266,11 @@ def in_sample_order(accelerator: Accelerator, columns: list[torch.Tensor]) -> li
     return [column[order] for column in columns]
 
 
-def num_decoding_workers(decoder: Decoder, device: torch.device) -> int:
-    """Processes that decode: none for small images, which decode faster than they train; for photographs one a thread,
-    one less for who feeds a GPU."""
+def num_decoding_workers(decoder: Decoder, device: torch.device, asked: int | None = None) -> int:
+    """Processes that decode: as asked; else none for small images, which decode faster than they train, and for
+    photographs one a thread, one less for who feeds a GPU."""
+    if asked is not None:
+        return asked
     if not decoder.processor.do_center_crop and max(decoder.size) <= SMALL:
         return 0
     # as many as cores though they train too: flowers at 224 px, a network of 4 layers of 192, 2 shared CPU cores:

@@ -87,7 +87,7 @@ class Recipe:
         None,
         NETWORK,
         'fields over preset and recipe: "pooling=mean,hidden_size=192"; none leaves out the recipe\'s too; of a '
-        "checkpoint, the rates of dropout alone",
+        "checkpoint, pooling and the rates of dropout alone",
     )
     specimen: str | None = flag(
         None, NETWORK, "bugs put into the network on purpose, names with commas (merged_without_transpose, ...); it is "
@@ -250,16 +250,18 @@ class Recipe:
     )  # fmt: skip
     logging_steps: int = flag(50, OUTPUT, "steps between two rows of metrics.jsonl", at_least=1)
     eval_strategy: str = flag(
-        "steps", OUTPUT, "steps: evaluates as --eval_steps says; epoch: after each epoch", choices=("steps", "epoch")
-    )
+        "steps", OUTPUT, "steps: as --eval_steps says; epoch: after as many steps as an epoch has, rounded up",
+        choices=("steps", "epoch"),
+    )  # fmt: skip
     eval_steps: float | None = flag(
         None, OUTPUT, "steps between two evaluations; under 1: a share of all steps; else once an epoch, at most ten a "
         "run unless it may stop early",
         above=0,
     )  # fmt: skip
     save_strategy: str = flag(
-        "steps", OUTPUT, "steps: saves as --save_steps says; epoch: after each epoch", choices=("steps", "epoch")
-    )
+        "steps", OUTPUT, "steps: as --save_steps says; epoch: after as many steps as an epoch has, rounded up",
+        choices=("steps", "epoch"),
+    )  # fmt: skip
     save_steps: float = flag(500, OUTPUT, "steps between two checkpoints; under 1: a share of all steps", above=0)
     save_minutes: float | None = flag(None, OUTPUT, "minutes between two checkpoints, besides those by steps", above=0)
     save_total_limit: int = flag(2, OUTPUT, "checkpoints kept, besides the best", at_least=1)

@@ -178,7 +178,8 @@ def start_trackers(accelerator: Accelerator, names: list[str], settings: dict[st
         except Exception as error:
             raise UserError(f"--report_to {','.join(names)}: {error or type(error).__name__}") from error
         for tracker in accelerator.trackers:
-            if tracker.name == "tensorboard" and step and accelerator.is_main_process:
+            is_events = tracker.name == "tensorboard" and accelerator.is_main_process
+            if is_events and len(list(Path(tracker.logging_dir).glob("events*"))) > 1:  # an earlier start's beside ours
                 tracker.writer.close()
                 tracker.writer = type(tracker.writer)(tracker.logging_dir, purge_step=step + 1)
             tracker.store_init_configuration({name: str(value) for name, value in settings.items()})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..configuration_vit_scratch import COUNTED_POSITIONS, ViTScratchConfig
 from ..data.listing import some
 from ..data.splits import Source
 from ..errors import UserError
@@ -56,6 +57,8 @@ def open_run(folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[str
 def _open_run(folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[str, Any]) -> RunState:
     note = None
     record = folder / "recipe.json"
+    if names_checkpoint(recipe):  # before anything is removed
+        note = _compare_named(folder, recipe, facts, data)
     if recipe.overwrite_output_dir and record.exists():
         for name in OURS:
             path = folder / name
@@ -66,29 +69,46 @@ def _open_run(folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[st
         _refuse_another_recipe(f"{folder} holds a run", AFRESH, old, recipe, facts)
         goes_on = any(old.get(name) != getattr(recipe, name) for name in COUNTED_LENGTHS) or names_checkpoint(recipe)
         goes_on |= not results.exists()
-        note = _compare_data(folder, old, data, goes_on)
+        note = _compare_data(folder, old, data, goes_on) or note
         if not goes_on:
             return RunState(results=_read(results), note=note)
     elif not record.exists() and folder.exists() and any(not is_partial(path) for path in folder.iterdir()):
         raise UserError(f"--output_dir {folder} holds files but no run; choose a new folder.")
     checkpoint = _checkpoint_to_take(folder / "checkpoints", recipe)
-    if names_checkpoint(recipe):
-        source = checkpoint.resolve().parents[1]
-        if source != folder.resolve() and (source / "recipe.json").is_file():
-            old = _read(source / "recipe.json")
-            begin = f"or begin a run from its weights with --model_name_or_path {checkpoint}"
-            _refuse_another_recipe(f"{checkpoint} is of a run", begin, old, recipe, facts)
-            note = _compare_data(source, old, data, True) or note
     folder.mkdir(parents=True, exist_ok=True)
     write_json(record, {**recipe.to_dict(), **facts, **data})
     return RunState(checkpoint=checkpoint, note=note)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _compare_named(folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[str, Any]) -> str | None:
+    """A note where the run that a named checkpoint is of saw other images. Raises UserError for one that is to be
+    removed, and for a run of another recipe or of other classes."""
+    checkpoint = _checkpoint_to_take(folder / "checkpoints", recipe)
+    source = checkpoint.resolve().parent.parent
+    if source == folder.resolve():
+        if recipe.overwrite_output_dir:
+            raise UserError(f"--overwrite_output_dir would remove {checkpoint}, which --resume_from_checkpoint names.")
+        return None
+    if not (source / "recipe.json").is_file():
+        return None
+    old = _read(source / "recipe.json", f"begin from its weights with --model_name_or_path {checkpoint}")
+    begin = f"or begin a run from its weights with --model_name_or_path {checkpoint}"
+    _refuse_another_recipe(f"{checkpoint} is of a run", begin, old, recipe, facts)
+    return _compare_data(source, old, data, True)
+
+
+def _read(path: Path, remedy: str = "start afresh with --overwrite_output_dir") -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or no text at all
-        raise UserError(f"{path} is damaged ({error}); start afresh with --overwrite_output_dir.") from error
+        raise UserError(f"{path} is damaged ({error}); {remedy}.") from error
+
+
+def keep_positions(config: ViTScratchConfig, checkpoint: Path | None):
+    """Lets positions span what they spanned in the steps before: runs of older versions spanned the new size."""
+    saved = None if checkpoint is None else checkpoint / "config.json"
+    if saved is not None and saved.is_file() and config.position_embedding_type in COUNTED_POSITIONS:
+        config.position_image_size = _read(saved).get("position_image_size")
 
 
 def has_begun(folder: Path) -> bool:

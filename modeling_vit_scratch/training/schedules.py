@@ -87,14 +87,15 @@ def learning_rate_at(step: int, total_steps: int, recipe: Recipe) -> float:
     return recipe.learning_rate * SCHEDULES[recipe.lr_scheduler_type](step, total_steps, recipe)
 
 
-def check_patience(patience: int | None, eval_every: int, total_steps: int):
-    """Raises UserError where a run has too few evaluations to stop early: the first one is always the best yet."""
-    count = math.ceil(total_steps / eval_every)
-    if patience is not None and patience >= count:
+def check_patience(patience: int | None, eval_every: int, total_steps: int, full_size_begins: int = 0):
+    """Raises UserError where a run has too few evaluations to stop before its end: patience begins with the first one,
+    or with the last one before the full size."""
+    count = math.ceil(total_steps / eval_every) - max(full_size_begins // eval_every - 1, 0)
+    if patience is not None and patience >= count - 1:
         raise UserError(
-            f"--early_stopping_patience {patience} cannot stop this run, which has {count} evaluation"
-            f"{'' if count == 1 else 's'}, every {steps_text(eval_every)} of {total_steps:,}. Evaluate more often with "
-            "--eval_steps, train longer, or have less patience."
+            f"--early_stopping_patience {patience} cannot stop this run: {steps_text(total_steps)}, of which each "
+            f"{eval_every:,} are followed by an evaluation, {count} that count. Evaluate more often with --eval_steps, "
+            "train longer, or have less patience."
         )
 
 

@@ -194,9 +194,9 @@ def score(
     UserError for what cannot be decoded, and where the loss is not finite.
     """
     threads, device, decoder = torch.get_num_threads(), accelerator.device, Decoder(processor)
-    if num_workers is None:
-        is_kept = is_resident(source, source.splits[split], decoder)
-        num_workers = 0 if is_kept else num_decoding_workers(decoder, device)
+    if num_workers is None and is_resident(source, source.splits[split], decoder):
+        num_workers = 0
+    num_workers = num_decoding_workers(decoder, device, num_workers)
     model.to(device)
     objective = (MultiLabel if source.is_multi_label else SingleLabel)(len(source.class_names))
     started = time.perf_counter()

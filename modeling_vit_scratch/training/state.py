@@ -43,6 +43,7 @@ class Position:
     evaluations_since_best: int = 0
     has_stopped_early: bool = False
     owes_evaluation: bool = False  # that of its step was given up for a signal
+    evaluates_each_epoch: bool = False  # for its patience; runs of older versions have ten evaluations
 
 
 @dataclass

@@ -155,10 +155,9 @@ def run_one(plan: Plan, record: dict[str, Any], run: Run, state: PartialState) -
         if error.met_alone and state.num_processes > 1:
             raise  # the other processes wait for this one
         wrong = error
-    except torch.OutOfMemoryError as error:
-        if state.num_processes > 1:
+    except (RuntimeError, MemoryError) as error:
+        if state.num_processes > 1 or (wrong := out_of_memory(error)) is None:
             raise
-        wrong = out_of_memory(str(error))
     # a run that has written down its recipe has found its data: what stops it then may be a value of the grid
     folders = [plan.folder / other["name"] for other in record["runs"]]
     if not agree(state, lambda: any(has_begun(folder) or (folder / "recipe.json").exists() for folder in folders)):

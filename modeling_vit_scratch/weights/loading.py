@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..configuration_vit_scratch import ViTScratchConfig, pair
+from ..configuration_vit_scratch import COUNTED_POSITIONS, ViTScratchConfig, pair
 from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchForImageClassification, interpolate_position_embeddings
 from .files import Checkpoint, open_checkpoint
@@ -13,8 +13,6 @@ from .formats import is_own, own_config, read_checkpoint, recognise
 from .naming import Tensors
 from .pixels import build_processor, format_of_files, pixel_facts, processor_fields, with_channels
 from .shapes import PATCHES, POSITIONS, Reading
-
-COUNTED = ("sincos2d", "rope2d")  # kinds of positions that are computed from rows and columns
 
 
 @dataclass
@@ -139,23 +137,15 @@ def wanted_config(reading: Reading, wanted: dict[str, Any]) -> ViTScratchConfig:
     """The reading's configuration with what is wanted instead, in float32. Raises UserError for what cannot be."""
     if wanted.get("num_labels") == reading.config.num_labels and "id2label" not in wanted:
         wanted = {name: value for name, value in wanted.items() if name != "num_labels"}  # its own classes
-    positions = {"position_image_size": _spanned(reading, wanted)}
-    fields = {**reading.config.to_dict(), "dtype": "float32", **positions, **wanted}
+    old, size = reading.config, wanted.get("image_size")
+    spanned = old.position_image_size if size is None else old.spanned_at(size, old.image_size)
+    fields = {**old.to_dict(), "dtype": "float32", "position_image_size": spanned, **wanted}
     if "num_labels" in wanted and "id2label" not in wanted:
         fields = {name: value for name, value in fields.items() if name not in ("id2label", "label2id")}
     try:
         return ViTScratchConfig.from_dict(fields)
     except Exception as error:  # the configuration says what is wrong and what would work
         raise UserError(f"{reading.source}: {' '.join(str(error.__cause__ or error).split())}") from error
-
-
-def _spanned(reading: Reading, wanted: dict[str, Any]) -> Any:
-    """The size of images that positions which are no table go on to span, whatever the new one is; None: that one."""
-    own, new = reading.config.position_image_size, wanted.get("image_size")
-    if new is None or reading.config.position_embedding_type not in COUNTED:
-        return own
-    old = reading.config.image_size if own is None else own
-    return None if pair(new) == pair(old) else old
 
 
 def fitted(reading: Reading, config: ViTScratchConfig, shapes: dict[str, torch.Size]) -> tuple[Tensors, LoadingReport]:
@@ -179,7 +169,7 @@ def fitted(reading: Reading, config: ViTScratchConfig, shapes: dict[str, torch.S
         tensors[POSITIONS] = interpolate_position_embeddings(old, reading.config.patch_grid, config.patch_grid)
         report.interpolated.append(POSITIONS)
         report.shapes[POSITIONS] = f"{tuple(old.shape)} -> {tuple(tensors[POSITIONS].shape)}"
-    elif config.position_embedding_type in COUNTED and reading.config.patch_grid != config.patch_grid:
+    elif config.position_embedding_type in COUNTED_POSITIONS and reading.config.patch_grid != config.patch_grid:
         kind = f"{config.position_embedding_type} positions"
         report.interpolated.append(kind)
         report.shapes[kind] = f"{reading.config.patch_grid} -> {config.patch_grid}"

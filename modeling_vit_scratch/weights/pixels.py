@@ -77,7 +77,7 @@ def with_other_pixels(processor: Any, size: tuple[int, int], crop_pct: float | N
     if crop_pct is None:
         crop_pct = crop_share(processor)
     if crop_pct is None and squashes:
-        fields = {"size": {"height": size[0], "width": size[1]}}
+        fields = {"size": {"height": size[0], "width": size[1]}, "do_center_crop": False}
     elif crops and squashes:
         fields = squashed(size, crop_pct)
     else:

@@ -91,6 +91,7 @@ def common_form(
     if config.position_embedding_type == "sincos2d":
         config.position_embedding_type, config.prefix_positions = "learned", False
         tensors[POSITIONS] = sincos2d_positions(config.patch_grid, config.hidden_size, config.position_grid)
+        config.position_image_size = None
         notes.append("the sine-cosine positions are written as a learned table")
     if not config.prefix_positions and target.needs_prefix_positions and POSITIONS in tensors:
         config.prefix_positions = True
