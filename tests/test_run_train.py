@@ -268,7 +268,7 @@ def test_the_best_weights_are_published_on_request(tmp_path):
         (["--crop_pct", "0.9"], "--crop_pct has no effect here"),
         (
             ["--interpolation", "bicubic"],
-            "--interpolation has no effect here: the images have the size that the network sees",
+            "the images have the size that the network sees",
         ),
         (["--image_std", "0"], "--image_std must be above 0"),
         (["--config_overrides", "image_size=abc"], "image_size takes a number of pixels or [height,width], got 'abc'"),
