@@ -7,8 +7,8 @@ Each run is a process of its own, one after the other, on all cores: train from 
 with the last weights. run_train.py has the minutes for its whole command, with the start, the decoding and all scores;
 transformers' example has them for its training steps alone. Its network has the sizes of ours (`micro`), class token
 and linear head as ViT has them; its loop is example_loop.py, with flips and crops out of four pixels of padding as
-ours. Article 4 is the recipe of that name: its network and settings, with its mistakes, at the speed of our loop. The rate of
-float32 matrix products is taken before and after each run: where it differs, the machine had other work.
+ours. Article 4 is the recipe of that name: its network and settings, with its mistakes, at the speed of our loop. The
+rate of float32 matrix products is taken before and after each run: where it differs, the machine had other work.
 """
 
 import argparse

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import finetuning  # noqa: E402
 import gpu  # noqa: E402
 import results_table  # noqa: E402
+import same_minutes  # noqa: E402
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification  # noqa: E402
 from modeling_vit_scratch.training import effects  # noqa: E402
@@ -51,6 +52,12 @@ def test_the_table_of_fine_tuning_is_the_recorded_one():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert finetuning.with_recorded(readme) == readme
     assert finetuning.with_recorded(readme.replace("| head |", "| neck |")) == readme
+
+
+def test_the_table_of_the_same_minutes_is_the_recorded_one():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert same_minutes.with_recorded(readme) == readme
+    assert same_minutes.with_recorded(readme.replace("transformers' example: ViT", "another ViT")) == readme
 
 
 @pytest.mark.slow
