@@ -245,12 +245,11 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     position.evaluates_each_epoch |= run.checkpoint is None and recipe.early_stopping_patience is not None
 
     def evaluation_interval(total_steps: int) -> int:
-        if recipe.eval_strategy == "epoch":
+        if recipe.eval_strategy == "epoch" or (recipe.eval_steps is None and position.evaluates_each_epoch):
             return epoch_steps
         if recipe.eval_steps is not None:
             return in_steps(recipe.eval_steps, total_steps)
-        evaluations = total_steps if position.evaluates_each_epoch else EVALUATIONS_PER_RUN
-        return max(math.ceil(total_steps / evaluations), epoch_steps)
+        return max(math.ceil(total_steps / EVALUATIONS_PER_RUN), epoch_steps)
 
     if position.total_steps is None or recipe.time_budget is None:
         position.total_steps = recipe.max_steps

@@ -55,10 +55,11 @@ def open_run(folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[str
 
 
 def _open_run(folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[str, Any]) -> RunState:
-    note = None
+    note, named = None, None
     record = folder / "recipe.json"
     if names_checkpoint(recipe):  # before anything is removed
-        note = _compare_named(folder, recipe, facts, data)
+        named = _named_checkpoint(recipe.resume_from_checkpoint)
+        note = _compare_named(named, folder, recipe, facts, data)
     if recipe.overwrite_output_dir and record.exists():
         for name in OURS:
             path = folder / name
@@ -74,16 +75,17 @@ def _open_run(folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[st
             return RunState(results=_read(results), note=note)
     elif not record.exists() and folder.exists() and any(not is_partial(path) for path in folder.iterdir()):
         raise UserError(f"--output_dir {folder} holds files but no run; choose a new folder.")
-    checkpoint = _checkpoint_to_take(folder / "checkpoints", recipe)
+    checkpoint = named or _newest_checkpoint(folder / "checkpoints", recipe)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(record, {**recipe.to_dict(), **facts, **data})
     return RunState(checkpoint=checkpoint, note=note)
 
 
-def _compare_named(folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[str, Any]) -> str | None:
+def _compare_named(
+    checkpoint: Path, folder: Path, recipe: Recipe, facts: dict[str, Any], data: dict[str, Any]
+) -> str | None:
     """A note where the run that a named checkpoint is of saw other images. Raises UserError for one that is to be
     removed, and for a run of another recipe or of other classes."""
-    checkpoint = _checkpoint_to_take(folder / "checkpoints", recipe)
     source = checkpoint.resolve().parent.parent
     if source == folder.resolve():
         if recipe.overwrite_output_dir:
@@ -91,9 +93,9 @@ def _compare_named(folder: Path, recipe: Recipe, facts: dict[str, Any], data: di
         return None
     if not (source / "recipe.json").is_file():
         return None
-    old = _read(source / "recipe.json", f"begin from its weights with --model_name_or_path {checkpoint}")
-    begin = f"or begin a run from its weights with --model_name_or_path {checkpoint}"
-    _refuse_another_recipe(f"{checkpoint} is of a run", begin, old, recipe, facts)
+    begin = f"begin from its weights with --model_name_or_path {checkpoint}"
+    old = _read(source / "recipe.json", begin)
+    _refuse_another_recipe(f"{checkpoint} is of a run", f"or {begin}", old, recipe, facts)
     return _compare_data(source, old, data, True)
 
 
@@ -134,14 +136,17 @@ def how_to_go_on(recipe: Recipe) -> str:
     return f"The same command{without} goes on from there."
 
 
-def _checkpoint_to_take(folder: Path, recipe: Recipe) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint asks for, else the newest whole one, if there is one."""
-    wanted = recipe.resume_from_checkpoint
-    if not names_checkpoint(recipe):
-        newest = newest_whole(folder)
-        if wanted is not None and newest is None:
-            raise UserError(f"--resume_from_checkpoint true: there is no whole checkpoint in {folder}.")
-        return newest
+def _newest_checkpoint(folder: Path, recipe: Recipe) -> Path | None:
+    """The newest whole checkpoint, if there is one; UserError where --resume_from_checkpoint true and there is none."""
+    newest = newest_whole(folder)
+    if recipe.resume_from_checkpoint is not None and newest is None:
+        raise UserError(f"--resume_from_checkpoint true: there is no whole checkpoint in {folder}.")
+    return newest
+
+
+def _named_checkpoint(wanted: str) -> Path:
+    """The checkpoint that --resume_from_checkpoint names, whose files are read through once; UserError where it is not
+    whole."""
     named = Path(wanted)
     if not named.is_dir():
         raise UserError(f"--resume_from_checkpoint takes true or a checkpoint's folder; there is none at {wanted}.")
