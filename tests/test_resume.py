@@ -186,6 +186,15 @@ class Pair:
         )  # fmt: skip
 
 
+def in_both(process):
+    """Runs process(rank) as the two processes, to their ends."""
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+
+
 @pytest.mark.parametrize("where", ["steps", "an evaluation's batches"])
 def test_two_processes_stop_after_the_same_step_whoever_got_the_signal(where):
     pair, stopped_at = Pair(), {}
@@ -200,11 +209,7 @@ def test_two_processes_stop_after_the_same_step_whoever_got_the_signal(where):
                 stopped_at[rank] = step
                 return
 
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    in_both(process)
     assert stopped_at[0] == stopped_at[1] >= 150
 
 
@@ -219,11 +224,7 @@ def test_after_the_last_step_two_processes_ask_each_other_at_once():
             listener.after(step)
         answers[rank] = listener.now()
 
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    in_both(process)
     assert answers == {0: True, 1: True}
 
 
