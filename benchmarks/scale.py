@@ -31,7 +31,7 @@ from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassificat
 from modeling_vit_scratch.data.examples import ROW_GROUP_CACHE_BYTES, read_footer
 from modeling_vit_scratch.data.order import StreamOrder, hash_limit, row_hashes
 from modeling_vit_scratch.training.checkpointing import damage, save_checkpoint
-from modeling_vit_scratch.training.recipes import Recipe
+from modeling_vit_scratch.training.recipe import Recipe
 
 PAGE = ROOT / "docs" / "scale.md"
 

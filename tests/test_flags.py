@@ -8,7 +8,8 @@ import torch
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.training.flags import OTHER_NAMES, REFUSED, build_parser, exit_code, main, parse_arguments
 from modeling_vit_scratch.training.overrides import merged_overrides, parse_overrides
-from modeling_vit_scratch.training.recipes import FIELDS, GROUPS, MAY_CHANGE_ON_RESUME, RECIPES
+from modeling_vit_scratch.training.recipe import FIELDS, GROUPS, MAY_CHANGE_ON_RESUME
+from modeling_vit_scratch.training.recipes import RECIPES
 
 
 def recipe_of(*arguments):

@@ -12,7 +12,8 @@ from test_project_shape import launched_commands
 
 from modeling_vit_scratch.training.finetuning import prepare_finetuning, save_adapter
 from modeling_vit_scratch.training.flags import parse_arguments
-from modeling_vit_scratch.training.recipes import FIELDS, RECIPES
+from modeling_vit_scratch.training.recipe import FIELDS
+from modeling_vit_scratch.training.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -11,7 +11,7 @@ import torch
 from modeling_vit_scratch.data import loading
 from modeling_vit_scratch.errors import PassingError, UserError
 from modeling_vit_scratch.training import machine
-from modeling_vit_scratch.training.recipes import Recipe
+from modeling_vit_scratch.training.recipe import Recipe
 
 
 @pytest.mark.parametrize(

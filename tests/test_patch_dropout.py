@@ -19,7 +19,8 @@ from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchPatchDropout
 from modeling_vit_scratch.training import effects, loop
 from modeling_vit_scratch.training.flags import parse_arguments
-from modeling_vit_scratch.training.recipes import COUNTED_LENGTHS, RECIPES
+from modeling_vit_scratch.training.recipe import COUNTED_LENGTHS
+from modeling_vit_scratch.training.recipes import RECIPES
 from modeling_vit_scratch.training.resolution import Resolution, resolution_of
 from modeling_vit_scratch.training.run_folder import may_change_on_resume, open_run
 from modeling_vit_scratch.training.sweep_grid import parse_sweep

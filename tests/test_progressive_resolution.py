@@ -18,7 +18,8 @@ from modeling_vit_scratch.data.augmentation import Mixing
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchEmbeddings
 from modeling_vit_scratch.training import loop, time_budget
-from modeling_vit_scratch.training.recipes import COUNTED_LENGTHS, RECIPES
+from modeling_vit_scratch.training.recipe import COUNTED_LENGTHS
+from modeling_vit_scratch.training.recipes import RECIPES
 from modeling_vit_scratch.training.resolution import Resolution, resolution_of
 from modeling_vit_scratch.training.run_folder import may_change_on_resume
 from modeling_vit_scratch.training.time_budget import NUM_MEASURED_STEPS, Rehearsal, rehearse

@@ -339,6 +339,8 @@ def test_what_a_tracker_says_against_starting_is_one_line(tmp_path, monkeypatch)
         ),
         (["--max_eval_samples", "9", "--train_val_split", "0"], "there is no validation split"),
         (["--model_revision", "v2"], "it goes with --model_name_or_path and the name of a repository on the Hub"),
+        (["--nesterov", "true"], "it goes with --optim sgd"),
+        (["--nesterov", "true", "--optim", "sgd", "--momentum", "0"], "needs a --momentum above 0"),
         (["--momentum", "0.8"], "it goes with --optim sgd or muon"),
         (["--adam_beta1", "0.8", "--optim", "sgd"], "SGD has neither betas nor epsilon"),
         (["--lr_gamma", "0.5"], "it goes with --lr_scheduler_type multi_step"),

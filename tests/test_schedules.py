@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from modeling_vit_scratch.errors import UserError
-from modeling_vit_scratch.training.recipes import CONSTANT, FIELDS, RECIPES
+from modeling_vit_scratch.training.recipe import CONSTANT, FIELDS
+from modeling_vit_scratch.training.recipes import RECIPES
 from modeling_vit_scratch.training.schedules import (
     SCHEDULES,
     check_schedule,

@@ -19,7 +19,7 @@ import torch
 from modeling_vit_scratch import cli
 from modeling_vit_scratch.errors import PassingError, UserError
 from modeling_vit_scratch.training import checkpointing, loop
-from modeling_vit_scratch.training.recipes import FIELDS
+from modeling_vit_scratch.training.recipe import FIELDS
 from modeling_vit_scratch.training.sweep import sweep
 from modeling_vit_scratch.training.sweep_grid import NOT_SWEPT, parse_axis, parse_sweep
 

@@ -23,7 +23,7 @@ from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..training.flags import Parser, exit_code
 from ..training.machine import num_cores
 from ..training.optimization import parameter_groups
-from ..training.recipes import FIELDS
+from ..training.recipe import FIELDS
 from ..weights import load_pretrained
 from . import folder, folder_report
 from .examination import CHECKS, examine

@@ -12,7 +12,8 @@ from ..data.listing import some
 from ..results.record import printable
 from ..results.text_table import text_table
 from ..training.bad_images import enough_for
-from ..training.recipes import RECIPES, Recipe
+from ..training.recipe import Recipe
+from ..training.recipes import RECIPES
 from .findings import Finding, report
 from .folder import Images
 

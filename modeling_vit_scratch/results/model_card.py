@@ -217,6 +217,7 @@ def training(run: RunRecord) -> str:
     facts = {
         "Data": f"[{data}](https://huggingface.co/datasets/{data})" if data else markdown(dataset_label(run)),
         "Splits": counts,
+        "Teacher": teacher(run.recipe),
         "Budget": budget(results),
         "Seed": markdown(results["seed"]) if "seed" in results else "",
         "Weights": markdown(weights_text(results)),
@@ -229,6 +230,17 @@ def training(run: RunRecord) -> str:
     listed = bullets(f"{name}: {value}" for name, value in facts.items() if value)
     command = f"{fenced(public_command(results['command']))}\n\n" if results.get("command") else ""
     return f"## Training\n\n{command}{listed}"
+
+
+def teacher(recipe: dict[str, Any]) -> str:
+    """The network whose answers were learned, and how; empty where there was none."""
+    name = recipe.get("teacher_name_or_path")
+    if not name:
+        return ""
+    at = f" at {markdown(recipe['teacher_revision'])}" if recipe.get("teacher_revision") else ""
+    kind, share = recipe["distillation_type"], recipe["distillation_alpha"]
+    softened = f", temperature {recipe['distillation_temperature']:g}" if kind == "soft" else ""
+    return f"{markdown(public_word(name))}{at} ({kind}, {share:g} of the loss{softened})"
 
 
 def budget(results: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from ..errors import UserError
 from .features import can_cache_features, drawn_of_images
 from .network import probe_source
 from .overrides import checkpoint_overrides, has_own_patch_drop_rate, may_see_less, patch_drop_rate_of
-from .recipes import CONSTANT, MULTI_LABEL_METRICS, Recipe
+from .recipe import CONSTANT, MULTI_LABEL_METRICS, Recipe
 from .time_budget import seconds_of
 
 # flag -> (it has no effect on this recipe, because ...)
@@ -42,6 +42,18 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
         "it goes with --model_name_or_path and the name of a repository on the Hub",
     ),
     **dict.fromkeys(
+        ("distillation_type", "distillation_alpha"),
+        (lambda r: r.teacher_name_or_path is None, "it goes with --teacher_name_or_path"),
+    ),
+    "teacher_revision": (
+        lambda r: r.teacher_name_or_path is None or Path(r.teacher_name_or_path).expanduser().exists(),
+        "it goes with --teacher_name_or_path and the name of a repository on the Hub",
+    ),
+    "distillation_temperature": (
+        lambda r: r.teacher_name_or_path is None or r.distillation_type == "hard",
+        "it goes with --teacher_name_or_path and --distillation_type soft",
+    ),
+    **dict.fromkeys(
         ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
         (lambda r: r.finetune != "lora", "it goes with --finetune lora"),
     ),
@@ -66,6 +78,7 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
     **dict.fromkeys(
         ("adam_beta1", "adam_beta2", "adam_epsilon"), (lambda r: r.optim == "sgd", "SGD has neither betas nor epsilon")
     ),
+    "nesterov": (lambda r: r.optim != "sgd", "it goes with --optim sgd; muon's momentum is Nesterov's"),
     "momentum": (lambda r: r.optim not in ("sgd", "muon"), "it goes with --optim sgd or muon"),
     **dict.fromkeys(
         ("lr_milestones", "lr_gamma"),
@@ -161,6 +174,8 @@ def check_recipe(recipe: Recipe, chosen: frozenset[str]):
         checkpoint_overrides(recipe, chosen)
     if recipe.specimen is not None and patch_drop_rate_of(recipe) and not has_own_patch_drop_rate(recipe):
         raise UserError("patch_drop_rate does not work with --specimen: a specimen sees all patches.")
+    if recipe.nesterov and recipe.momentum == 0:
+        raise UserError("--nesterov true needs a --momentum above 0.")
     if recipe.aug_repeats > 1 and recipe.streaming:
         raise UserError(
             "--aug_repeats has no effect here: a stream shows each image once an epoch, as its shards come."

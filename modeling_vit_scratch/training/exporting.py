@@ -14,7 +14,7 @@ from ..data.loading import RowReader
 from ..data.splits import Source
 from ..errors import UserError
 from .flags import Parser, exit_code
-from .recipes import FIELDS
+from .recipe import FIELDS
 from .scoring import SPLITS, add_trainers_flags, open_split, trainers_options
 
 SHARED = ("dataset_config_name", "image_column_name", "label_column_name", "streaming")  # beside --dataset_name

@@ -20,7 +20,7 @@ from ..data.loading import RESIDENT_BYTES, Batch, EvaluationData, ResidentImages
 from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .machine import in_sample_order
-from .recipes import Recipe
+from .recipe import Recipe
 
 # B batch, N images, V views (as it is; mirrored too, where images are mirrored at random), D hidden size, K labels,
 # P penalties
@@ -83,7 +83,8 @@ def can_cache_features(recipe: Recipe, num_samples: int, hidden_size: int) -> bo
     """Whether the backbone sees no more than two views of each training image, and their features fit into memory."""
     drawn = drawn_of_images(recipe)
     num_bytes = num_samples * (1 + (recipe.horizontal_flip_prob > 0)) * hidden_size * 4
-    return recipe.finetune == "head" and not recipe.streaming and not any(drawn) and num_bytes <= RESIDENT_BYTES
+    is_frozen = recipe.finetune == "head" and recipe.teacher_name_or_path is None  # a teacher wants to see images
+    return is_frozen and not recipe.streaming and not any(drawn) and num_bytes <= RESIDENT_BYTES
 
 
 def cache_features(

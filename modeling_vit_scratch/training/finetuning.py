@@ -19,7 +19,7 @@ from ..errors import UserError, unknown
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..results.model_folder import written_whole
 from ..weights import LoadingReport
-from .recipes import Recipe
+from .recipe import Recipe
 
 MODES = ("full", "head", "last:K", "attention", "lora")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 
 from ..errors import UserError, unknown
 from .overrides import merged_overrides
-from .recipes import COUNTED_LENGTHS, FIELDS, FINETUNING, GROUPS, RECIPES, Recipe
+from .recipe import COUNTED_LENGTHS, FIELDS, GROUPS, Recipe
+from .recipes import FINETUNING, RECIPES
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_MEMORY = ("can't allocate memory", "MPS backend out of memory")  # of torch's plain RuntimeErrors
@@ -30,18 +31,21 @@ OTHER_NAMES = {
     "aa": "auto_augment", "batch_size": "train_batch_size", "checkpoint_hist": "save_total_limit",
     "checkpointing_steps": "save_steps", "clip_grad": "max_grad_norm", "cutmix": "cutmix_alpha",
     "data_dir": "train_dir", "dataset": "dataset_name", "decay_milestones": "lr_milestones", "decay_rate": "lr_gamma",
+    "distill_loss_weight": "distillation_alpha", "distillation_tau": "distillation_temperature",
     "epochs": "num_train_epochs", "eval_metric": "metric_for_best_model", "evaluation_strategy": "eval_strategy",
     "experiment": "output_dir", "grad_accum_steps": "gradient_accumulation_steps",
     "grad_checkpointing": "gradient_checkpointing", "hflip": "horizontal_flip_prob", "img_size": "image_size",
-    "initial_checkpoint": "model_name_or_path", "input_size": "image_size", "log_interval": "logging_steps",
-    "logging_dir": "output_dir", "lr": "learning_rate", "lr_scheduler": "lr_scheduler_type",
-    "max_train_steps": "max_steps", "mean": "image_mean", "mixup": "mixup_alpha",
-    "model_ema": "ema_decay", "model_ema_decay": "ema_decay", "num_warmup_steps": "warmup_steps", "opt": "optim",
-    "opt_eps": "adam_epsilon", "output": "output_dir", "pretrained": "model_name_or_path",
-    "ratio": "random_resized_crop_ratio", "recovery_interval": "save_steps", "reprob": "random_erasing_prob",
-    "resume": "resume_from_checkpoint", "sched": "lr_scheduler_type", "smoothing": "label_smoothing_factor",
-    "std": "image_std", "torchcompile": "torch_compile", "validation_batch_size": "eval_batch_size",
-    "vflip": "vertical_flip_prob", "workers": "dataloader_num_workers",
+    "initial_checkpoint": "model_name_or_path", "input_size": "image_size", "kd_model_name": "teacher_name_or_path",
+    "kd_temperature": "distillation_temperature", "log_interval": "logging_steps", "logging_dir": "output_dir",
+    "lr": "learning_rate", "lr_scheduler": "lr_scheduler_type", "max_train_steps": "max_steps", "mean": "image_mean",
+    "mixup": "mixup_alpha", "model_ema": "ema_decay", "model_ema_decay": "ema_decay",
+    "num_warmup_steps": "warmup_steps", "opt": "optim", "opt_eps": "adam_epsilon", "output": "output_dir",
+    "pretrained": "model_name_or_path", "ratio": "random_resized_crop_ratio", "recovery_interval": "save_steps",
+    "reprob": "random_erasing_prob", "resume": "resume_from_checkpoint", "sched": "lr_scheduler_type",
+    "smoothing": "label_smoothing_factor", "std": "image_std", "teacher_model": "teacher_name_or_path",
+    "teacher_model_name_or_path": "teacher_name_or_path", "teacher_path": "teacher_name_or_path",
+    "torchcompile": "torch_compile", "validation_batch_size": "eval_batch_size", "vflip": "vertical_flip_prob",
+    "workers": "dataloader_num_workers",
 }  # fmt: skip
 _FIELD_OF_NETWORK = "a field of the network: use --config_overrides"
 _MACHINE = "belongs to the machine"
@@ -68,6 +72,7 @@ REFUSED = {
     "hub_token": _TOKEN,
     "ignore_mismatched_sizes": "not needed: a new head takes the place of one for other classes",
     "in_chans": "the data tell the number of channels",
+    "kd_distill_type": "the teacher's logits are learned; --distillation_type says in which way",
     "local_rank": "the launcher sets it",
     "log_wandb": "use --report_to wandb",
     "min_lr": "use --min_lr_rate, a share of the highest rate",
@@ -83,6 +88,7 @@ REFUSED = {
     "remove_unused_columns": "not needed: only the columns of images and labels are read",
     "run_name": "a run is named as the folder of --output_dir, in wandb too",
     "scale": "use --random_resized_crop_scale, the smallest share of an image's area",
+    "task_loss_weight": "use --distillation_alpha, the teacher's share of the loss; labels have the rest",
     "token": _TOKEN,
     "trust_remote_code": "not needed: weights are read, no code of a repository is run",
     "use_cpu": "use `accelerate launch --cpu`",

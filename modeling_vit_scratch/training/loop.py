@@ -25,6 +25,7 @@ from ..modeling_vit_scratch import ViTScratchForImageClassification
 from . import effects
 from .averaging import AveragedWeights, check_decay
 from .bad_images import leave_out_bad_images
+from .distillation import distillation_of
 from .evaluation import Evaluation, EvaluationStopped, evaluate
 from .features import HeadOnFeatures, cache_features, can_cache_features, start_from_ridge
 from .finetuning import head_rate_scale, prepare_finetuning, refuse_idle_rates, set_train_mode
@@ -45,7 +46,7 @@ from .optimization import build_optimizer, optimizer_warning, parameter_groups
 from .overrides import checkpoint_overrides
 from .publishing import checkpoint_documents, collect_results, final_scores, publish, save_model
 from .pushing import open_destination, push_at_end
-from .recipes import Recipe
+from .recipe import Recipe
 from .recording import (
     DataWait,
     MetricsFile,
@@ -61,7 +62,7 @@ from .recording import (
 )
 from .resolution import resolution_of
 from .run_folder import data_facts, how_to_go_on, keep_positions, names_checkpoint, open_run, remove_later
-from .schedules import check_patience, check_schedule, in_steps, learning_rate_at
+from .schedules import check_patience, check_schedule, evaluation_interval, in_steps, learning_rate_at
 from .sharding import (
     check_recipe,
     check_shares,
@@ -73,8 +74,6 @@ from .sharding import (
 )
 from .state import TrainingState
 from .time_budget import rehearse, seconds_of
-
-EVALUATIONS_PER_RUN = 10  # at most one an epoch, where no flag says more
 
 
 class Interrupted(Exception):
@@ -154,6 +153,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     # what is sharded goes to the GPU a layer at a time: whole, it may not fit
     model.to(device="cpu" if is_sharded(accelerator) else device, dtype=getattr(torch, recipe.dtype))
     objective = objective_of(recipe, source, device, model.dtype)
+    teach = partial(distillation_of, recipe, source, pixels, model.dtype, accelerator.autocast)
+    distillation = first_on_each_node(accelerator, teach)
     baseline, trained_part = None, _whole
     if can_cache_features(recipe, num_samples, model.config.hidden_size):
         cached = cache_features(model, data, held, pixels, recipe.horizontal_flip_prob, accelerator)
@@ -228,6 +229,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             with accelerator.no_sync(network) if index + 1 < len(parts) else nullcontext():
                 logits = network(**{name: of[part] for name, of in inputs.items()}, **options).logits.to(model.dtype)
                 loss_sum = objective.loss_sum(logits, targets[part])
+                if distillation is not None:
+                    loss_sum = distillation.joined(loss_sum, logits, images[part])
                 # gradients are averaged over ranks: times their number makes it the mean over the global batch
                 accelerator.backward(poisoned(loss_sum) * (world_size / batch_size))
             state.window.sums += torch.stack((loss_sum.detach(), objective.num_correct(logits, targets[part])))
@@ -243,14 +246,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     # --- how many steps
     epoch_steps = math.ceil(num_samples / batch_size)
     position.evaluates_each_epoch |= run.checkpoint is None and recipe.early_stopping_patience is not None
-
-    def evaluation_interval(total_steps: int) -> int:
-        if recipe.eval_strategy == "epoch" or (recipe.eval_steps is None and position.evaluates_each_epoch):
-            return epoch_steps
-        if recipe.eval_steps is not None:
-            return in_steps(recipe.eval_steps, total_steps)
-        return max(math.ceil(total_steps / EVALUATIONS_PER_RUN), epoch_steps)
-
+    interval = partial(evaluation_interval, recipe, epoch_steps, position.evaluates_each_epoch)
     if position.total_steps is None or recipe.time_budget is None:
         position.total_steps = recipe.max_steps
         if recipe.num_train_epochs is not None:
@@ -274,7 +270,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             optimizer.optimizer.state.clear()
             state.window = state.new_window()
             left = budget - (time.time() - began)
-            counts = (lambda n: -(-n // evaluation_interval(n)), resolution.num_initial_steps)
+            counts = (lambda n: -(-n // interval(n)), resolution.num_initial_steps)
             position.total_steps = agree(accelerator, lambda: rehearsal.steps_within(left, *counts))
             accelerator.print(f"{position.total_steps:,} steps of {rehearsal.each_step} fit into {recipe.time_budget}")
     total_steps = position.total_steps
@@ -283,7 +279,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     (output_dir / "results.json").unlink(missing_ok=True)  # of a run that is made longer
     check_schedule(recipe, total_steps)
     full_size_begins = resolution.num_initial_steps(total_steps)
-    eval_every = evaluation_interval(total_steps)
+    eval_every = interval(total_steps)
     if run.checkpoint is None and "validation" in held:
         check_patience(recipe.early_stopping_patience, eval_every, total_steps, full_size_begins)
     resolution.check_length(total_steps)

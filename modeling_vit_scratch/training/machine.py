@@ -30,7 +30,7 @@ from ..data.decoding import Decoder
 from ..errors import PassingError, UserError
 from ..weights.pixels import SMALL
 from . import sharding
-from .recipes import PLACES, Recipe
+from .recipe import PLACES, Recipe
 
 Result = TypeVar("Result")
 

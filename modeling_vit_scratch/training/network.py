@@ -17,7 +17,7 @@ from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..weights import LoadingReport, load_pixel_facts, load_pretrained
 from ..weights.pixels import SMALL, cropped, squashed
 from .overrides import checkpoint_overrides, parse_overrides
-from .recipes import Recipe
+from .recipe import Recipe
 from .specimen import make_specimen
 
 NUM_PROBED, NUM_PROBED_OF_STREAM = 64, 16  # images looked at to tell size and channels

@@ -15,7 +15,7 @@ from ..results.metrics import (
     multi_label_scores,
     per_class_scores,
 )
-from .recipes import Recipe
+from .recipe import Recipe
 
 # B batch, N images, K labels
 

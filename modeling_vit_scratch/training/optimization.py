@@ -9,8 +9,9 @@ import torch
 
 from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
+from .lamb import Lamb
 from .muon import Muon
-from .recipes import Recipe
+from .recipe import Recipe
 from .schedules import num_warmup_steps
 
 
@@ -139,8 +140,12 @@ def _settings(groups: list[ParameterGroup], recipe: Recipe) -> list[dict[str, An
     ]
 
 
+def _moments(recipe: Recipe) -> dict[str, Any]:
+    return {"betas": (recipe.adam_beta1, recipe.adam_beta2), "eps": recipe.adam_epsilon}
+
+
 def _adam_options(recipe: Recipe) -> dict[str, Any]:
-    return {"betas": (recipe.adam_beta1, recipe.adam_beta2), "eps": recipe.adam_epsilon, "fused": True}
+    return {**_moments(recipe), "fused": True}
 
 
 def build_adamw(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Optimizer:
@@ -153,12 +158,20 @@ def build_adam(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Opti
     return torch.optim.Adam(_settings(groups, recipe), lr=recipe.learning_rate, **_adam_options(recipe))
 
 
+def build_lamb(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Optimizer:
+    """LAMB: of each tensor that decays a step is as long as the rate times the tensor."""
+    return Lamb(_settings(groups, recipe), lr=recipe.learning_rate, **_moments(recipe))
+
+
 def build_sgd(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with heavy-ball momentum, 0.9 unless the recipe says; its weight decay is an L2 penalty on the gradient."""
+    """SGD with momentum, 0.9 unless the recipe says, heavy-ball or Nesterov's; its weight decay is an L2 penalty on the
+    gradient."""
     momentum = 0.9 if recipe.momentum is None else recipe.momentum
     # Never fused: torch 2.14's fused kernel leaves the momentum uninitialised where the first step is skipped, as the
     # scaler of fp16 does; test_a_skipped_first_step_leaves_no_trace tells when that has changed.
-    return torch.optim.SGD(_settings(groups, recipe), lr=recipe.learning_rate, momentum=momentum)
+    return torch.optim.SGD(
+        _settings(groups, recipe), lr=recipe.learning_rate, momentum=momentum, nesterov=recipe.nesterov
+    )
 
 
 def build_muon(
@@ -189,6 +202,7 @@ def build_muon(
 OPTIMIZERS: dict[str, Callable[[list[ParameterGroup], Recipe], torch.optim.Optimizer]] = {
     "adamw": build_adamw,
     "adam": build_adam,
+    "lamb": build_lamb,
     "sgd": build_sgd,
     "muon": build_muon,
 }

@@ -7,7 +7,8 @@ import yaml
 
 from ..configuration_vit_scratch import RATES_OF_TRAINING, architecture_fields
 from ..errors import UserError, unknown
-from .recipes import RECIPES, Recipe
+from .recipe import Recipe
+from .recipes import RECIPES
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from ..results.report import write_report
 from .evaluation import Evaluation
 from .finetuning import has_adapter, merged, save_adapter
 from .machine import command, commit, hardware, versions
-from .recipes import PLACES, RECIPES, Recipe
+from .recipe import PLACES, Recipe
+from .recipes import RECIPES
 from .run_folder import write_json
 from .state import TrainingState
 

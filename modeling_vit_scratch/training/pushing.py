@@ -8,7 +8,7 @@ from ..results.hub import open_repository, push_folder
 from ..results.model_card import card_of
 from ..results.record import RunRecord, metric_label, metric_text, printable, read_run, scores
 from .flags import Parser, exit_code
-from .recipes import Recipe
+from .recipe import Recipe
 
 NEEDED = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
 

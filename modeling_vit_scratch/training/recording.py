@@ -18,7 +18,7 @@ from ..data.splits import Source
 from ..errors import UserError, unknown
 from .checkpointing import checkpoints
 from .evaluation import Evaluation
-from .recipes import Recipe
+from .recipe import Recipe
 from .schedules import steps_text
 from .state import Position, TrainingState, Window
 

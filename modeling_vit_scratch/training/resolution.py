@@ -22,7 +22,7 @@ from ..modeling_vit_scratch import ViTScratchForImageClassification, num_kept_pa
 from ..results.summary import training_flops
 from .features import can_cache_features
 from .overrides import has_own_patch_drop_rate
-from .recipes import FULL_SIZE_STEP, Recipe, full_size_step_of
+from .recipe import FULL_SIZE_STEP, Recipe, full_size_step_of
 from .schedules import in_steps, steps_text
 
 LEAST_PATCHES = 8  # that a recipe's own rate must leave of an image

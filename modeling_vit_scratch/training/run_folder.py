@@ -13,7 +13,7 @@ from ..data.splits import Source
 from ..errors import UserError
 from .checkpointing import PARTIAL, checkpoints, damage, newest_whole, remove, step_of
 from .overrides import may_see_less, parse_overrides
-from .recipes import CONSTANT, COUNTED_LENGTHS, MAY_CHANGE_ON_RESUME, Recipe, full_size_step_of, with_defaults
+from .recipe import CONSTANT, COUNTED_LENGTHS, MAY_CHANGE_ON_RESUME, Recipe, full_size_step_of, with_defaults
 
 OURS = (
     "recipe.json", "bad_images.json", "metrics.jsonl", "results.json", "report.html", "plots", "tensorboard",

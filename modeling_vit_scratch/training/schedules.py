@@ -5,7 +5,18 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from ..errors import UserError
-from .recipes import CONSTANT, Recipe
+from .recipe import CONSTANT, Recipe
+
+EVALUATIONS_PER_RUN = 10  # at most one an epoch, where no flag says more
+
+
+def evaluation_interval(recipe: Recipe, epoch_steps: int, is_each_epoch: bool, total_steps: int) -> int:
+    """The steps between two evaluations; is_each_epoch: where no flag says them, one an epoch, however many."""
+    if recipe.eval_strategy == "epoch" or (recipe.eval_steps is None and is_each_epoch):
+        return epoch_steps
+    if recipe.eval_steps is not None:
+        return in_steps(recipe.eval_steps, total_steps)
+    return max(math.ceil(total_steps / EVALUATIONS_PER_RUN), epoch_steps)
 
 
 def in_steps(steps: float, total_steps: int) -> int:

@@ -32,7 +32,7 @@ from .evaluation import evaluate
 from .flags import Parser, exit_code, parse_value
 from .machine import agree, commit, first_on_each_node, hardware, num_decoding_workers, start_accelerator, versions
 from .objectives import MultiLabel, SingleLabel
-from .recipes import FIELDS, Recipe
+from .recipe import FIELDS, Recipe
 from .run_folder import write_json
 
 # the trainer's flags that mean the same here

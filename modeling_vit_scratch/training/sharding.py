@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchForImageClassification
-from .recipes import Recipe
+from .recipe import Recipe
 
 LAYER = "ViTScratchLayer"  # what is gathered, computed and given up at a time
 # accelerate's variable -> (the values that work here, what else to do)

@@ -21,7 +21,7 @@ from .finetuning import head_rate_scale, prepare_finetuning
 from .flags import Parser, exit_code, parse_arguments
 from .network import build_augmentation, build_network, source_of
 from .optimization import parameter_groups, parameter_table
-from .recipes import Recipe
+from .recipe import Recipe
 
 LONGEST_CAPTION = 2  # classes named below an image; a mixed one has two
 

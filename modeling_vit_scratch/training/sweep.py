@@ -24,7 +24,7 @@ from ..results.sweep_plot import COSTS, SCORES, markdown, table, write_sweep
 from . import loop
 from .flags import exit_code, out_of_memory
 from .machine import LONGEST_WAIT, agree, check_launch
-from .recipes import MAY_CHANGE_ON_RESUME, with_defaults
+from .recipe import MAY_CHANGE_ON_RESUME, with_defaults
 from .run_folder import OURS, has_begun, is_partial, write_json
 from .sweep_grid import Plan, Run, parse_sweep
 

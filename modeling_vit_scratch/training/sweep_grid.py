@@ -15,7 +15,8 @@ from ..results.sweep_plot import value_text, values_text
 from . import effects
 from .flags import Parser, parse_arguments, parse_value
 from .overrides import checkpoint_overrides, merged_overrides, parse_overrides, split_outside_brackets
-from .recipes import FIELDS, RECIPES, Recipe
+from .recipe import FIELDS, Recipe
+from .recipes import RECIPES
 
 LONGEST_NAME = 120  # letters of a run's folder; longer names are cut and end in a digest
 TOGETHER = 'Fields that must change together share an axis: --grid "pooling:use_cls_token=cls:true,mean:false".'
