@@ -15,7 +15,7 @@ import torch
 from conftest import make_images
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 from small_vit import build
 from test_run_train import ROOT, run
 
@@ -212,6 +212,24 @@ def test_a_class_folder_without_images_is_told_and_does_not_stop_it(digits, caps
     (tmp_path / "part" / "3").mkdir()
     code, out, _ = evaluated(capsys, folder, "--test_dir", tmp_path / "part")
     assert code == 0 and "the folder '3' is empty.\n" in out and "images of 2 classes" in out
+
+
+def test_means_over_classes_are_scikit_learns_over_those_with_images(digits, tmp_path, capsys):
+    folder, photos, _ = digits
+    for name in ("1", "7", "8"):
+        shutil.copytree(photos / name, tmp_path / "part" / name)
+    found = scores_of(capsys, tmp_path, folder, "--test_dir", tmp_path / "part")
+    pairs = [
+        (true, answer)
+        for true, row in enumerate(found["confusion"])
+        for answer, count in enumerate(row)
+        for _ in range(count)
+    ]
+    truth, answers = map(list, zip(*pairs, strict=True))
+    precision = precision_score(truth, answers, labels=[1, 7, 8], average="macro", zero_division=0)
+    assert found["precision_macro"] == pytest.approx(precision)
+    assert found["recall_macro"] == pytest.approx(recall_score(truth, answers, labels=[1, 7, 8], average="macro"))
+    assert found["recall_macro"] != found["accuracy"]
 
 
 def test_a_dataset_without_a_training_split_can_be_scored(save_model, parquet_repo, tmp_path, capsys):

@@ -46,6 +46,15 @@ def present(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["support"]]
 
 
+def class_means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """precision_macro and recall_macro: means over the classes that have images, each class as much as any other.
+
+    That of recall is the balanced accuracy, what accuracy would be with as many images of each class.
+    """
+    found = present(rows)
+    return {f"{name}_macro": sum(row[name] for row in found) / len(found) for name in ("precision", "recall")}
+
+
 def overall(results: dict[str, Any]) -> str:
     """One line a score, with what it takes to read it."""
     rows, found = results["per_class"], present(results["per_class"])
@@ -62,6 +71,9 @@ def overall(results: dict[str, Any]) -> str:
         for name in METRICS
         if name in results
     ]
+    mean = f"mean over {count_of(found)} with images"
+    for name, text in (("precision_macro", mean), ("recall_macro", f"{mean}: balanced accuracy")):
+        lines.append([f"Macro {name.partition('_')[0]}", metric_text("accuracy", results[name]), text])
     if "calibration" in results:
         calibration = results["calibration"]
         error, confidence = calibration["expected_calibration_error"], calibration["mean_confidence"]

@@ -13,9 +13,10 @@ from ..data.examples import Example
 from ..data.loading import RowReader
 from ..data.splits import Source
 from ..errors import UserError
+from .command_flags import add_trainers_flags, trainers_options
 from .flags import Parser, exit_code
 from .recipe import FIELDS
-from .scoring import SPLITS, add_trainers_flags, open_split, trainers_options
+from .scoring import SPLITS, open_split
 
 SHARED = ("dataset_config_name", "image_column_name", "label_column_name", "streaming")  # beside --dataset_name
 DEFAULT_COUNT = 9

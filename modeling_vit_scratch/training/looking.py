@@ -21,9 +21,9 @@ from ..results.record import printable
 from ..results.summary import summarise, summary_text
 from ..results.text_table import text_table
 from ..weights import checkpoint_facts
+from .command_flags import add_pixel_flags, open_model_of
 from .flags import Parser, exit_code
 from .machine import num_cores
-from .scoring import add_pixel_flags, open_model_of
 
 MOST_IMAGES = 16  # in a picture
 DEFAULT_LABELS = 10

@@ -19,9 +19,9 @@ from ..results.prediction import (
     right_note,
 )
 from ..results.prediction_grid import MOST_IMAGES, write_prediction_grid
+from .command_flags import add_pixel_flags, open_model_of
 from .flags import Parser, exit_code
 from .machine import num_cores
-from .scoring import add_pixel_flags, open_model_of
 
 
 def build_parser() -> Parser:

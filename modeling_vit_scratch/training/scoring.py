@@ -23,16 +23,15 @@ from ..errors import UserError, unknown
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..results.metrics import wilson_interval
 from ..results.plots import MOST_CLASSES_DRAWN, confusion_csv
-from ..results.prediction import class_names_of, has_several_classes, open_model
-from ..results.score_text import MOST_CLASSES_LISTED, score_text, with_recall_intervals, write_confusion
-from ..weights import LoadingReport
+from ..results.prediction import class_names_of, has_several_classes
+from ..results.score_text import MOST_CLASSES_LISTED, class_means, score_text, with_recall_intervals, write_confusion
 from ..weights.pixels import crop_share
-from .effects import IDLE_IN_RECIPE
+from .command_flags import add_pixel_flags, add_trainers_flags, open_model_of, trainers_options
 from .evaluation import evaluate
-from .flags import Parser, exit_code, parse_value
+from .flags import Parser, exit_code
 from .machine import agree, commit, first_on_each_node, hardware, num_decoding_workers, start_accelerator, versions
 from .objectives import MultiLabel, SingleLabel
-from .recipe import FIELDS, Recipe
+from .recipe import Recipe
 from .run_folder import write_json
 
 # the trainer's flags that mean the same here
@@ -40,10 +39,6 @@ SHARED = (
     "dataset_name", "dataset_config_name", "image_column_name", "label_column_name", "streaming", "bad_images",
     "eval_batch_size", "dataloader_num_workers", "cpu_threads",
 )  # fmt: skip
-PIXELS = {  # those of the trainer's flags that give a checkpoint other pixels than its own
-    "image_size": "side of the images the network sees, in pixels, or height,width; positions are interpolated",
-    "crop_pct": "share of an image's shorter side that the central crop keeps",
-}
 SPLITS = ("test", "validation", "train")
 MATCHES = ("name", "position")
 NUM_NAMED = 10  # of the bad images, on the screen
@@ -217,6 +212,7 @@ def score(
         "images_per_second": round(num_images / seconds, 1),
         "class_names": source.class_names,
         "is_multi_label": source.is_multi_label,
+        **class_means(details["per_class"]),
         **details,
         "per_class": with_recall_intervals(details["per_class"]),
     }
@@ -269,39 +265,6 @@ def build_parser() -> Parser:
     parser.add_argument("-o", "--picture", metavar="FILE", help="draws the confusion matrix into this PNG")
     parser.add_argument("--confusion", metavar="FILE", help="writes the confusion matrix as CSV")
     return parser
-
-
-def add_trainers_flags(parser: Parser, names: Iterable[str], texts: dict[str, str] | None = None):
-    """Adds flags of the trainer that mean the same here, with its help or with `texts`."""
-    for name in names:
-        item = FIELDS[name]
-        default = "" if item.default is None else f" [{item.default}]"
-        value = {"nargs": "?", "const": "true"} if name == "streaming" else {}
-        parser.add_argument(f"--{name}", help=(texts or {}).get(name, item.metadata["help"]) + default, **value)
-
-
-def trainers_options(own: Any, names: Iterable[str], **fields: Any) -> Recipe:
-    """Those of these flags that were given, and `fields`, as a recipe; raises UserError for one without effect."""
-    given = {name: parse_value(name, getattr(own, name)) for name in names if getattr(own, name) is not None}
-    options = Recipe(**{**given, **fields})
-    for name in given:
-        is_idle, reason = IDLE_IN_RECIPE.get(name, (lambda _: False, ""))
-        if is_idle(options):
-            raise UserError(f"--{name} has no effect here: {reason}.")
-    return options
-
-
-def add_pixel_flags(parser: Parser):
-    """--image_size and --crop_pct, for a model that was trained with others."""
-    for name, text in PIXELS.items():
-        parser.add_argument(f"--{name}", help=f"{text} [the checkpoint's]")
-
-
-def open_model_of(own: Any) -> tuple[ViTScratchForImageClassification, Processor, LoadingReport]:
-    """The model that the command line names, with the pixels that it asks for."""
-    options = trainers_options(own, PIXELS)
-    given = {name: getattr(options, name) for name in PIXELS if getattr(own, name) is not None}
-    return open_model(own.model, **given)
 
 
 def main(arguments: list[str]) -> int:
