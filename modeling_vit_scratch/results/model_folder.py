@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -73,10 +74,26 @@ def save_model_folder(
     with written_whole(folder) as partial:
         model.save_pretrained(partial, state_dict=tensors, save_original_format=False)
         processor.save_pretrained(partial)
-        _add_code_map(partial / "config.json", MODEL_CODE)
-        _add_code_map(partial / "preprocessor_config.json", PROCESSOR_CODE)
-        for file in Path(__file__).parents[1].glob(CODE):
-            shutil.copyfile(file, partial / file.name)
+        _add_code(partial)
+
+
+def checkpoint_as_model(checkpoint: Path, folder: Path):
+    """What a run's checkpoint would publish, as save_model_folder writes it: its averaged weights where it has them."""
+    averaged = checkpoint / "averaged.safetensors"
+    weights = averaged if averaged.is_file() else checkpoint / "model.safetensors"
+    with written_whole(folder) as partial:
+        partial.mkdir()
+        save_file(load_file(weights), partial / "model.safetensors", metadata={"format": "pt"})
+        for name in ("config.json", "preprocessor_config.json"):
+            shutil.copyfile(checkpoint / name, partial / name)
+        _add_code(partial)
+
+
+def _add_code(folder: Path):
+    _add_code_map(folder / "config.json", MODEL_CODE)
+    _add_code_map(folder / "preprocessor_config.json", PROCESSOR_CODE)
+    for file in Path(__file__).parents[1].glob(CODE):
+        shutil.copyfile(file, folder / file.name)
 
 
 def _add_code_map(file: Path, code: dict):

@@ -35,7 +35,10 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
     "stream_window": (lambda r: not r.streaming, "it goes with --streaming true"),
     "preset": (lambda r: r.model_name_or_path is not None, "the checkpoint decides the network"),
     "push_to_hub": (lambda r: r.push_to_hub and r.specimen is not None, "a specimen is not published"),
-    **dict.fromkeys(("hub_model_id", "hub_private_repo"), (lambda r: not r.push_to_hub, "it goes with --push_to_hub")),
+    **dict.fromkeys(
+        ("hub_model_id", "hub_private_repo", "hub_strategy"),
+        (lambda r: not r.push_to_hub, "it goes with --push_to_hub"),
+    ),
     "finetune": (lambda r: r.model_name_or_path is None, "it goes with --model_name_or_path"),
     "model_revision": (
         lambda r: r.model_name_or_path is None or Path(r.model_name_or_path).expanduser().exists(),
@@ -174,6 +177,8 @@ def check_recipe(recipe: Recipe, chosen: frozenset[str]):
         checkpoint_overrides(recipe, chosen)
     if recipe.specimen is not None and patch_drop_rate_of(recipe) and not has_own_patch_drop_rate(recipe):
         raise UserError("patch_drop_rate does not work with --specimen: a specimen sees all patches.")
+    if recipe.hub_strategy == "every_save" and recipe.finetune == "lora":
+        raise UserError("--hub_strategy every_save has no effect here: LoRA is merged into the network at the end.")
     if recipe.nesterov and recipe.momentum == 0:
         raise UserError("--nesterov true needs a --momentum above 0.")
     if recipe.aug_repeats > 1 and recipe.streaming:

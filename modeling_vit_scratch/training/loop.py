@@ -45,7 +45,7 @@ from .objectives import objective_of
 from .optimization import build_optimizer, optimizer_warning, parameter_groups
 from .overrides import checkpoint_overrides
 from .publishing import checkpoint_documents, collect_results, final_scores, publish, save_model
-from .pushing import open_destination, push_at_end
+from .pushing import PushedSaves, open_destination, push_at_end
 from .recipe import Recipe
 from .recording import (
     DataWait,
@@ -202,6 +202,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         if names_checkpoint(recipe):  # and it could be taken
             agree(accelerator, lambda: remove_later(checkpoints, run.checkpoint))
     position, where_to_go_on = state.position, partial(last_checkpoint, state)
+    is_pushed = recipe.hub_strategy == "every_save" and accelerator.is_main_process
+    saves = PushedSaves(output_dir, repository if is_pushed else None)
     start_trackers(accelerator, trackers, recipe.to_dict(), output_dir.resolve().name, position.step)
 
     # --- one step
@@ -391,6 +393,8 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
                 interruptions.saved()
                 if stopping:  # after the last step too: what is left are scores, which the same command computes
                     stop(folder)
+                if not last:
+                    saves.push(folder, position.step, total_steps)
             clock = time.perf_counter()
             state.window.started += clock - paused
             if last:
@@ -434,6 +438,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if repository is not None and accelerator.is_main_process:  # nobody waits for it: an upload may take long
+        saves.finish()
         print(push_at_end(output_dir, repository), flush=True)
     return results
 

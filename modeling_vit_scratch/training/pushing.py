@@ -1,11 +1,15 @@
-"""A run's folder model/ to the Hub: at the end of training (`--push_to_hub`), or by itself (`vit-scratch push`)."""
+"""A run's folder model/ to the Hub: at the end of training (`--push_to_hub`), or by itself (`vit-scratch push`); and
+the weights of its checkpoints while it trains (`--hub_strategy every_save`)."""
 
 import shlex
+import shutil
+import threading
 from pathlib import Path
 
 from ..errors import UserError
 from ..results.hub import open_repository, push_folder
 from ..results.model_card import card_of
+from ..results.model_folder import checkpoint_as_model
 from ..results.record import RunRecord, metric_label, metric_text, printable, read_run, scores
 from .flags import Parser, exit_code
 from .recipe import Recipe
@@ -55,6 +59,40 @@ def push_at_end(output_dir: Path, repository: str) -> str:
             f"{output_dir} holds the run, whole, but its push failed: {error} Nothing is lost; go on with `{command}`."
         ) from error
     return f"pushed: {address}"
+
+
+class PushedSaves:
+    """Checkpoints as models on the Hub, each one commit, in the background: training never waits for a network.
+
+    A checkpoint that comes while another is under way is passed over; of a push that fails a line says so, and the next
+    one is tried. repository: owner/name; None: nothing is pushed.
+    """
+
+    def __init__(self, output_dir: Path, repository: str | None):
+        self.folder, self.repository = output_dir / ".pushing", repository
+        self.thread: threading.Thread | None = None
+
+    def push(self, checkpoint: Path, step: int, total_steps: int):
+        """Begins to push what a checkpoint would publish; its files are copied first, as it may soon be removed."""
+        if self.repository is None or (self.thread is not None and self.thread.is_alive()):
+            return
+        checkpoint_as_model(checkpoint, self.folder)
+        message = f"step {step:,} of {total_steps:,}"
+        # a daemon: a run that is stopped does not wait either, and a commit is made whole or not at all
+        self.thread = threading.Thread(target=self._push, args=(self.repository, message), daemon=True)
+        self.thread.start()
+
+    def _push(self, repository: str, message: str):
+        try:
+            push_folder(self.folder, repository, message, {})
+        except UserError as error:
+            print(f"\nnote: {message} was not pushed: {error}", flush=True)
+
+    def finish(self):
+        """Waits for the push that is under way: the one of the end comes after it."""
+        if self.thread is not None:
+            self.thread.join()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def commit_message(run: RunRecord) -> str:

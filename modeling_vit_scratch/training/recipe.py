@@ -295,6 +295,11 @@ class Recipe:
         None, OUTPUT, "the repository is seen by its owner alone; else as the owner's settings say"
     )
 
+    hub_strategy: str = flag(
+        "end", OUTPUT, "when push_to_hub pushes: at the end, or the weights of each checkpoint too, in the background",
+        choices=("end", "every_save"),
+    )  # fmt: skip
+
     # --- this machine
     dataloader_num_workers: int | None = flag(
         None, MACHINE, "processes that decode images; else by the images", at_least=0
@@ -332,12 +337,20 @@ MAY_CHANGE_ON_RESUME = frozenset(
     {
         "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_strategy", "save_steps",
         "save_minutes", "save_total_limit", "report_to", "max_bad_images", "dataloader_num_workers", "cpu_threads",
-        "eval_batch_size", "push_to_hub", "hub_model_id", "hub_private_repo",
+        "eval_batch_size", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy",
     }
 )  # fmt: skip
 # where a run is kept, which changes nothing of what it computes
 PLACES = frozenset(
-    {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo"}
+    {
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_strategy",
+    }
 )
 COUNTED_LENGTHS = ("max_steps", "num_train_epochs")
 FULL_SIZE_STEP = 0.6  # where --initial_image_size is given and --full_size_step is not
