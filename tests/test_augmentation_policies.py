@@ -217,6 +217,26 @@ def test_randaugment_draws_its_operations_and_signs_evenly_and_apart():
     assert abs((first.operations == second.operations).mean() - 1 / 14) < 0.01
 
 
+def test_randaugments_magnitudes_may_be_drawn_around_theirs():
+    plain = rand_augment(draws_of(14_000), 1, 9, 32, 32)[0]
+    (stage,) = rand_augment(draws_of(14_000), 1, 9, 32, 32, 2.0)
+    assert np.array_equal(stage.operations, plain.operations)  # only how strong they are is drawn besides
+    assert np.array_equal(np.sign(stage.magnitudes), np.sign(plain.magnitudes))
+    turns = np.abs(stage.magnitudes[stage.operations == OPERATIONS.index("rotate")])  # a degree is a bin
+    assert abs(turns.mean() - 9) < 0.3 and abs(turns.std() - 2) < 0.2  # standard errors 0.06 and 0.04
+    assert len(np.unique(turns)) > 900
+    bits = stage.magnitudes[stage.operations == OPERATIONS.index("posterize")]
+    assert np.array_equal(bits, np.rint(bits)) and len(np.unique(bits)) > 1
+    for magnitude, edge in ((30, 30.0), (0, 0.0)):  # cut off at both ends: half of them lie there
+        (cut,) = rand_augment(draws_of(14_000), 1, magnitude, 32, 32, 2.0)
+        turns = np.abs(cut.magnitudes[cut.operations == OPERATIONS.index("rotate")])
+        assert abs((turns == edge).mean() - 0.5) < 0.06 and turns.max() <= 30
+    levels = np.linspace(0, 0.3, 31)
+    (stage,) = rand_augment(draws_of(14_000), 1, 9, 32, 32, 0.3)
+    shears = np.abs(stage.magnitudes[stage.operations == OPERATIONS.index("shear_x")])
+    assert abs(shears.mean() - levels[9]) < 0.001 and shears.std() > 0.002
+
+
 def test_trivialaugment_draws_its_operations_and_magnitudes_evenly():
     (stage,) = trivial_augment(draws_of(14_000), 32, 32)
     shares = frequencies(stage)

@@ -102,7 +102,7 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
         "it goes with --random_resized_crop_scale",
     ),
     **dict.fromkeys(
-        ("randaugment_num_ops", "randaugment_magnitude"),
+        ("randaugment_num_ops", "randaugment_magnitude", "randaugment_magnitude_std"),
         (lambda r: r.auto_augment != "randaugment", "it goes with --auto_augment randaugment"),
     ),
     **dict.fromkeys(

@@ -163,6 +163,7 @@ def build_augmentation(recipe: Recipe, processor: Processor) -> tuple[Decoder, A
         auto_augment=recipe.auto_augment,
         randaugment_num_ops=recipe.randaugment_num_ops,
         randaugment_magnitude=recipe.randaugment_magnitude,
+        randaugment_magnitude_std=recipe.randaugment_magnitude_std,
         color_jitter=recipe.color_jitter,
         random_erasing_prob=recipe.random_erasing_prob,
     )

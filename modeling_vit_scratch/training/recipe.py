@@ -226,6 +226,9 @@ class Recipe:
     )  # fmt: skip
     randaugment_num_ops: int = flag(2, AUGMENTATION, "operations that RandAugment applies in a row", at_least=1)
     randaugment_magnitude: int = flag(9, AUGMENTATION, "RandAugment's magnitude, of 30", at_least=0, at_most=30)
+    randaugment_magnitude_std: float = flag(
+        0.0, AUGMENTATION, "standard deviation of RandAugment's magnitude, drawn for each operation", at_least=0
+    )
     color_jitter: float = flag(
         0.0, AUGMENTATION, "largest relative change of brightness, contrast and saturation", at_least=0, at_most=1
     )

@@ -43,6 +43,7 @@ class Augmentation:
     auto_augment: str | None = None
     randaugment_num_ops: int = 2
     randaugment_magnitude: int = 9
+    randaugment_magnitude_std: float = 0.0
     color_jitter: float = 0.0
     random_erasing_prob: float = 0.0
 
@@ -78,8 +79,8 @@ class Augmentation:
             images = affine(images.float(), angles, shifts, scales)
         stages = []
         if self.auto_augment is not None:
-            policy = POLICIES[self.auto_augment]
-            stages += policy(draws, height, width, self.randaugment_num_ops, self.randaugment_magnitude)
+            randaugment = (self.randaugment_num_ops, self.randaugment_magnitude, self.randaugment_magnitude_std)
+            stages += POLICIES[self.auto_augment](draws, height, width, *randaugment)
         if self.color_jitter:
             stages += color_jitter(draws, self.color_jitter)
         if stages and images.dtype != torch.uint8:

@@ -216,16 +216,36 @@ def auto_augment(draws: Draws, name: str, height: int, width: int) -> list[Stage
     return stages
 
 
-def rand_augment(draws: Draws, num_ops: int, magnitude: int, height: int, width: int) -> list[Stage]:
-    """`num_ops` operations a sample, each drawn evenly and with replacement; magnitude 0 to 30."""
+def rand_augment(
+    draws: Draws, num_ops: int, magnitude: int, height: int, width: int, magnitude_std: float = 0.0
+) -> list[Stage]:
+    """`num_ops` operations a sample, each drawn evenly and with replacement; magnitude 0 to 30.
+
+    magnitude_std: each operation's magnitude is drawn from a normal distribution of this standard deviation around
+    `magnitude`, cut off at 0 and 30 (timm's mstd, with which DeiT trains: 2012.12877, table 9).
+    """
     numbers, table, is_signed = magnitude_table("standard", 31, height, width)
     uniforms = draws.uniform("randaugment", 2 * num_ops).numpy()
+    bins = np.full((len(uniforms), num_ops), magnitude, dtype=np.float64)
+    if magnitude_std:
+        normal = torch.special.ndtri(draws.uniform("randaugment magnitudes", num_ops).double()).numpy()
+        bins = np.clip(magnitude + magnitude_std * normal, 0, 30)
     stages = []
     for place in range(num_ops):
         kinds = choose(uniforms[:, 2 * place], len(numbers))
-        magnitudes = _with_sign(table[kinds, magnitude], is_signed[kinds], uniforms[:, 2 * place + 1])
+        magnitudes = _with_sign(_at(table, kinds, bins[:, place]), is_signed[kinds], uniforms[:, 2 * place + 1])
         stages.append(Stage(numbers[kinds], magnitudes))
     return stages
+
+
+def _at(table: np.ndarray, kinds: np.ndarray, bins: np.ndarray) -> np.ndarray:
+    """(B,) each sample's magnitude, between two bins in proportion; bits of posterize are whole."""
+    low = np.floor(bins).astype(np.int64)
+    share = bins - low
+    values = table[kinds, low]
+    between = values + share * (table[kinds, np.minimum(low + 1, table.shape[1] - 1)] - values)
+    is_bits = kinds == list(RANGES["standard"]).index("posterize")
+    return np.where(share == 0, values, np.where(is_bits, np.rint(between), between))
 
 
 def trivial_augment(draws: Draws, height: int, width: int) -> list[Stage]:
@@ -264,9 +284,9 @@ def color_jitter(draws: Draws, strength: float) -> list[Stage]:
     return [Stage(numbers[kinds], factors[np.arange(len(factors)), kinds] - 1.0) for kinds in order.T]
 
 
-# name: the stages from the draws, the image's height and width, and RandAugment's number and magnitude
-POLICIES: dict[str, Callable[[Draws, int, int, int, int], list[Stage]]] = {
-    "randaugment": lambda draws, height, width, num_ops, m: rand_augment(draws, num_ops, m, height, width),
+# name: the stages from the draws, the image's height and width, and RandAugment's number, magnitude and its deviation
+POLICIES: dict[str, Callable[[Draws, int, int, int, int, float], list[Stage]]] = {
+    "randaugment": lambda draws, height, width, num_ops, m, std: rand_augment(draws, num_ops, m, height, width, std),
     "autoaugment_cifar10": lambda draws, height, width, *_: auto_augment(draws, "autoaugment_cifar10", height, width),
     "autoaugment_imagenet": lambda draws, height, width, *_: auto_augment(draws, "autoaugment_imagenet", height, width),
     "trivialaugment": lambda draws, height, width, *_: trivial_augment(draws, height, width),
