@@ -92,6 +92,18 @@ def test_the_target_is_the_nearest_folder_of_a_class(model_folder, tmp_path):
     assert found[0].is_right == (found[0].labels[0] == "dog")
 
 
+def test_what_lies_around_the_named_folders_is_no_target(model_folder, image_folder, capsys):
+    run = model_folder()
+    inside = image_folder("cat/photos", size=(8, 8), dog=1, other=1)  # as the folder of somebody who is called cat
+    cases = {
+        inside: ["dog", None], inside / "dog": ["dog"], inside / "other": [None], inside.parent: ["dog", "cat"],
+        inside / "dog" / "0.png": ["dog"], inside / "other" / "0.png": [None],
+    }  # fmt: skip
+    for named, expected in cases.items():
+        code, out, _ = predicted(capsys, run, named, "--format", "json")
+        assert code == 0 and [row["target"] for row in json.loads(out)] == expected, named
+
+
 def test_a_folder_gives_its_images_sorted_and_says_what_it_leaves_out(image_folder, tmp_path):
     root = image_folder(b=1, a=2)
     for name in ("notes.txt", "a/more.txt", ".hidden.png", "b/.cache/x.png", "last.jpg", "c.heic"):

@@ -146,9 +146,23 @@ def _images_below(folder: str, left_out: Counter[str], around: tuple[str, ...]) 
             yield from _images_below(entry.path, left_out, (*around, real))
 
 
-def target_of(path: str, class_names: set[str]) -> str | None:
-    """The name of the nearest folder around the file that is exactly a class's; None where there is none."""
-    return next((parent.name for parent in Path(path).parents if parent.name in class_names), None)
+def named_folders(names: Sequence[str]) -> frozenset[Path]:
+    """The folders that were named, and those in which the files lie that were."""
+    paths = [Path(os.path.expanduser(name)) for name in names]
+    return frozenset(path if path.is_dir() else path.parent for path in paths)
+
+
+def target_of(path: str, class_names: set[str], named: frozenset[Path] = frozenset()) -> str | None:
+    """The name of the nearest folder around the file that is exactly a class's; None where there is none.
+
+    named: folders above which nothing is looked at: what lies around them is chance, as a user's name is.
+    """
+    for parent in Path(path).parents:
+        if parent.name in class_names:
+            return parent.name
+        if parent in named:
+            break
+    return None
 
 
 # ---------------------------------------------------------------- the answers
@@ -161,13 +175,14 @@ def predict(
     top_k: int | None = None,
     batch_size: int = 64,
     num_threads: int | None = None,
+    named: frozenset[Path] = frozenset(),
 ) -> Iterator[Prediction]:
     """The predictions of image files, in their order; a file that cannot be read has its `error` in place of labels.
 
     Probabilities are a softmax over the classes or, where an image may have several, each class's own sigmoid; there a
     folder's name tells one class at most, so that no target is known. top_k: labels an image; else five, or all classes
-    where they are fewer. num_threads: that decode; else as many as torch computes with. Raises UserError for a top_k
-    beyond the number of classes.
+    where they are fewer. num_threads: that decode; else as many as torch computes with. named: as target_of takes it.
+    Raises UserError for a top_k beyond the number of classes.
     """
     names = class_names_of(model)
     if top_k is not None and not 1 <= top_k <= len(names):
@@ -181,7 +196,7 @@ def predict(
         images = [image for image in decoded if isinstance(image, torch.Tensor)]
         rows = iter(_probabilities(model, torch.stack(images), pixels) if images else [])
         for path, image in zip(chunk, decoded, strict=True):
-            target = target_of(path, known)
+            target = target_of(path, known, named)
             if isinstance(image, BadImageError):
                 yield Prediction(path, target, error=image.reason)
                 continue

@@ -15,6 +15,7 @@ from ..results.prediction import (
     Prediction,
     has_several_classes,
     image_paths,
+    named_folders,
     predict,
     right_note,
 )
@@ -28,7 +29,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="vit-scratch predict",
         description="Says which classes images show, with probabilities, from the same pixels as evaluation. Where an "
-        "image lies in a folder of a class's name, the answer is compared with it.",
+        "image lies in a folder of a class's name, at or below the one that is named, the answer is compared with it.",
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="a run's folder, a checkpoint (folder or file), or owner/name")
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> int:
         model, processor, report = open_model_of(own)
         model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         _say(f"{own.model}: {report}")
-        answers = predict(model, processor, paths, own.top_k, own.batch_size, threads)
+        answers = predict(model, processor, paths, own.top_k, own.batch_size, threads, named_folders(own.images))
         bar = tqdm(answers, total=len(paths), unit="image", leave=False, disable=None)  # on a terminal alone
         predictions = list(bar)
         print(FORMATS[own.format](predictions, has_several_classes(model)), flush=True)
