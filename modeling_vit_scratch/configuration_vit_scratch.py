@@ -4,11 +4,15 @@ This file travels to the Hub beside a checkpoint: it imports nothing of this pac
 """
 
 # No `from __future__ import annotations` here: string annotations switch the type checks of `strict` off.
+import difflib
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 Size = int | list[int] | tuple[int, int]
 
@@ -110,7 +114,10 @@ class ViTScratchConfig(PreTrainedConfig):
     zero_init_residual: bool = False  # attention output and second MLP matrix start at zero: each layer is the identity
 
     def __post_init__(self, **kwargs: Any):
-        super().__post_init__(**kwargs)  # sets id2label
+        super().__post_init__(**kwargs)  # sets id2label, and keeps whatever else there is
+        for name in kwargs:
+            if near := difflib.get_close_matches(name, architecture_fields(), n=1, cutoff=0.85):
+                logger.warning(f"{type(self).__name__} has no field {name!r}, it changes nothing: {near[0]!r} is one.")
         self.validate_architecture()  # here too, so that people see a plain ValueError
 
     def __setattr__(self, name: str, value: Any):

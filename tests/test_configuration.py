@@ -6,8 +6,15 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 from transformers import ViTConfig
+from transformers.testing_utils import CaptureLogger
 
-from modeling_vit_scratch import PRESETS, ViTScratchConfig, ViTScratchForImageClassification, ViTScratchModel
+from modeling_vit_scratch import (
+    PRESETS,
+    ViTScratchConfig,
+    ViTScratchForImageClassification,
+    ViTScratchModel,
+    configuration_vit_scratch,
+)
 from modeling_vit_scratch.configuration_vit_scratch import CHOICES, architecture_fields, nearest_image_sizes
 
 
@@ -361,3 +368,14 @@ def test_an_unknown_preset_is_refused_with_the_list():
 def test_an_override_that_is_no_field_is_refused_with_the_list():
     with pytest.raises(ValueError, match="No field 'hiden_size' in ViTScratchConfig. Known: hidden_size, "):
         ViTScratchConfig.from_preset("nano", hiden_size=64)
+
+
+def test_a_misspelt_field_is_said_and_any_other_kept_without_a_word():
+    with CaptureLogger(configuration_vit_scratch.logger) as log:
+        config = ViTScratchConfig(hiden_size=32, my_own_note="kept")
+    assert log.out == "ViTScratchConfig has no field 'hiden_size', it changes nothing: 'hidden_size' is one.\n"
+    assert config.hidden_size == 768 and config.my_own_note == "kept"
+    with CaptureLogger(configuration_vit_scratch.logger) as log:
+        for name in PRESETS:
+            ViTScratchConfig.from_dict(ViTScratchConfig.from_preset(name).to_dict())
+    assert log.out == ""
