@@ -1,7 +1,12 @@
-"""The one error that is a person's to mend: a line of text, no traceback, exit code 2."""
+"""The one error that is a person's to mend: a line of text, no traceback, exit code 2; and silence around it."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+
+NOISY = ("huggingface_hub", "transformers", "datasets", "fsspec", "httpx", "httpx2")
+MOST_LISTED = 40  # names beside the one that may have been meant
 
 
 class UserError(ValueError):
@@ -25,4 +30,20 @@ def unknown(kind: str, name: object, known: Iterable[str], listing: str | None =
     choices = sorted(map(str, known))
     close = difflib.get_close_matches(str(name), choices, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return UserError(f"No {kind} {name!r}.{hint} {listing or 'Known: ' + ', '.join(choices) + '.'}")
+    if listing is None:
+        listing = "" if close and len(choices) > MOST_LISTED else f"Known: {', '.join(choices)}."
+    return UserError(f"No {kind} {name!r}.{hint} {listing}".rstrip())
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keeps the Hub client's retry log off the screen: the one line of our own error says it all."""
+    loggers = [logging.getLogger(name) for name in NOISY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import make_images
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_vit import build, images
 from test_run_options import assert_killed_runs_end_alike
@@ -14,27 +17,36 @@ from test_run_train import run
 from transformers import (
     AutoImageProcessor,
     ConvNextImageProcessor,
+    EfficientNetImageProcessor,
+    MobileViTImageProcessor,
     ResNetConfig,
     ResNetForImageClassification,
     ResNetModel,
+    TimmWrapperForImageClassification,
+    TimmWrapperImageProcessor,
+    ViTConfig,
+    ViTForImageClassification,
     ViTImageProcessor,
 )
 
 from modeling_vit_scratch import ViTScratchForImageClassification
-from modeling_vit_scratch.data.decoding import normalisation
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.results.model_folder import save_model_folder
-from modeling_vit_scratch.training import loop
+from modeling_vit_scratch.training import distillation, loop
 from modeling_vit_scratch.training.distillation import Distillation, Teacher, distillation_of, open_teacher
 from modeling_vit_scratch.training.flags import parse_arguments
 from modeling_vit_scratch.training.network import build_network, source_of
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 NAMES = ["ant", "bee", "cat"]
+SMALL_VIT = {
+    "image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 16, "num_labels": 3,
+}  # fmt: skip
 
 
 def lesson(**fields):
-    return Distillation(None, None, **{"alpha": 0.5, **fields})
+    return Distillation(None, **{"alpha": 0.5, **fields})
 
 
 def softmax(rows):
@@ -88,8 +100,7 @@ def test_of_several_classes_each_is_a_distribution_of_its_own(answers):
 
 def test_labels_and_teacher_share_the_loss():
     network = build()
-    teacher = Teacher(network, (32, 32), torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
-    both = Distillation(teacher, (torch.zeros(3, 1, 1), torch.ones(3, 1, 1)), alpha=0.3, temperature=1.0)
+    both = Distillation(Teacher(network, lambda images: images), alpha=0.3, temperature=1.0)
     batch, logits = images(), torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
     taught = both.loss_sum(logits, network(pixel_values=batch).logits.detach())
     found = both.joined(torch.tensor(7.0), logits, batch)
@@ -136,7 +147,7 @@ class Images:
 def taught_by(folder, mean=0.5, std=0.5, channels=3, source=None, **fields):
     recipe, _ = parse_arguments(["--recipe", "digits", "--teacher_name_or_path", str(folder)])
     pixels = torch.full((channels, 1, 1), 255 * mean), torch.full((channels, 1, 1), 255 * std)
-    return distillation_of(recipe.replace(**fields), source or Images(), pixels, torch.float32, torch.no_grad)
+    return distillation_of(recipe.replace(**fields), source or Images(), pixels, torch.float32, nullcontext)
 
 
 def as_the_student_sees(picture, mean=0.5, std=0.5):
@@ -152,6 +163,9 @@ PROCESSORS = {
         size={"height": 32, "width": 32}, do_center_crop=True, crop_size={"height": 32, "width": 32}
     ),
     "shortest edge": ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0, **IMAGENET),
+    "blue first": MobileViTImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    "shifted": EfficientNetImageProcessor(size={"height": 32, "width": 32}, rescale_offset=True, **IMAGENET),
+    "twice": EfficientNetImageProcessor(size={"height": 32, "width": 32}, include_top=True, **IMAGENET),
 }
 
 
@@ -161,8 +175,8 @@ def test_a_teacher_of_transformers_sees_the_pixels_of_its_own_processor(tmp_path
     picture = make_images(1, (32, 32))[0]
     with torch.no_grad():
         expected = network(**AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="pt")).logits
-    distillation = taught_by(tmp_path)
-    found = distillation.teacher.logits(as_the_student_sees(picture), *distillation.pixels)
+    lesson_of = taught_by(tmp_path)
+    found = lesson_of.teacher.logits(as_the_student_sees(picture))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert expected.std() > 0.01  # else any answer would do
 
@@ -172,22 +186,20 @@ def test_a_teacher_of_ours_sees_its_own_pixels_at_its_own_size(tmp_path):
     picture = make_images(1, (32, 32))[0]
     with torch.no_grad():
         expected = network(**processor(picture, return_tensors="pt")).logits
-    distillation = taught_by(tmp_path)
-    found = distillation.teacher.logits(as_the_student_sees(picture), *distillation.pixels)
+    lesson_of = taught_by(tmp_path)
+    found = lesson_of.teacher.logits(as_the_student_sees(picture))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     flat = torch.full((1, 3, 8, 24), 0.3)  # one colour at any size
-    at_size = distillation.teacher.logits(torch.full((1, 3, 32, 32), 0.3), *distillation.pixels)
-    torch.testing.assert_close(distillation.teacher.logits(flat, *distillation.pixels), at_size)
+    at_size = lesson_of.teacher.logits(torch.full((1, 3, 32, 32), 0.3))
+    torch.testing.assert_close(lesson_of.teacher.logits(flat), at_size)
 
 
 def test_the_same_pixels_are_handed_on_as_they_are(tmp_path):
-    network, processor = save_own(tmp_path)
+    save_own(tmp_path)
     batch = images()
-    mean, std = normalisation(processor, torch.device("cpu"))
-    distillation = taught_by(tmp_path)
-    with torch.no_grad():
-        expected = network(pixel_values=batch).logits
-    assert torch.equal(distillation.teacher.logits(batch, mean, std), expected)
+    view = taught_by(tmp_path, mean=0.4, std=0.2).teacher.view
+    assert view(batch) is batch
+    assert view(batch.half().float()[:, :, :16]).shape == batch.shape
 
 
 def test_grey_images_reach_a_teacher_of_colours_in_all_of_its_channels(tmp_path):
@@ -195,9 +207,9 @@ def test_grey_images_reach_a_teacher_of_colours_in_all_of_its_channels(tmp_path)
     grey = make_images(1, (32, 32))[0].convert("L")
     with torch.no_grad():
         expected = network(**processor(grey.convert("RGB"), return_tensors="pt")).logits
-    distillation = taught_by(tmp_path, channels=1)
+    lesson_of = taught_by(tmp_path, channels=1)
     seen = (torch.from_numpy(np.array(grey))[None, None] / 255 - 0.5) / 0.5
-    torch.testing.assert_close(distillation.teacher.logits(seen, *distillation.pixels), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lesson_of.teacher.logits(seen), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_classes_are_told_by_their_names(tmp_path):
@@ -205,17 +217,54 @@ def test_classes_are_told_by_their_names(tmp_path):
     inputs = PROCESSORS["squash"](make_images(1, (32, 32))[0], return_tensors="pt")
     with torch.no_grad():
         expected = network(**inputs).logits[:, [3, 1]]
-    distillation = taught_by(tmp_path, source=Images(["cat", "ant"]))
+    lesson_of = taught_by(tmp_path, source=Images(["cat", "ant"]))
     seen = as_the_student_sees(make_images(1, (32, 32))[0])
-    torch.testing.assert_close(distillation.teacher.logits(seen, *distillation.pixels), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lesson_of.teacher.logits(seen), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_teacher_is_frozen_and_in_evaluation_mode(tmp_path):
+def test_the_teacher_is_frozen_and_in_evaluation_mode(tmp_path, monkeypatch):
     save_resnet(tmp_path, processor=PROCESSORS["squash"])
+    network, pixels, note = open_teacher(str(tmp_path))
+    monkeypatch.setattr(distillation, "open_teacher", lambda *_: (network.train(), pixels, note))
     teacher = taught_by(tmp_path).teacher
-    assert not teacher.network.training
+    assert not any(module.training for module in teacher.network.modules())
     assert not any(parameter.requires_grad for parameter in teacher.network.parameters())
-    assert not teacher.logits(images().requires_grad_(), torch.zeros(3, 1, 1), torch.ones(3, 1, 1)).requires_grad
+    assert not teacher.logits(images().requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("name", ["vit_relpos_small_patch16_224", "resnet10t", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("saved_by", ["timm", "transformers"])
+def test_timms_networks_that_are_no_plain_vits_are_built_by_transformers(tmp_path, name, saved_by):
+    torch.manual_seed(0)
+    plain = timm.create_model(name)
+    plain.reset_classifier(3)
+    for head in [module for key, module in plain.named_modules() if key in ("head", "head_dist", "fc")]:
+        torch.nn.init.normal_(head.weight)
+    timm.models.save_for_hf(plain, tmp_path, model_config={"label_names": NAMES})
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["model_args"]  # which transformers passes on a second time; repositories on the Hub have none
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    network = TimmWrapperForImageClassification.from_pretrained(tmp_path).eval()
+    if saved_by == "transformers":
+        shutil.rmtree(tmp_path)
+        network.save_pretrained(tmp_path)
+    teacher = taught_by(tmp_path).teacher
+    assert teacher.view.size == (224, 224) or name == "resnet10t"
+    flat = as_the_student_sees(Image.new("RGB", (32, 32), (40, 90, 200)))
+    processor = TimmWrapperImageProcessor(pretrained_cfg=network.config.pretrained_cfg)
+    inputs = processor(Image.new("RGB", (300, 300), (40, 90, 200)))
+    with torch.no_grad():
+        expected = network(pixel_values=torch.as_tensor(inputs["pixel_values"])).logits
+    torch.testing.assert_close(teacher.logits(flat), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_grey_teacher_sees_grey_images(tmp_path):
+    network, processor = save_own(tmp_path, num_channels=1)
+    grey = make_images(1, (32, 32))[0].convert("L")
+    with torch.no_grad():
+        expected = network(**processor(grey, return_tensors="pt")).logits
+    seen = (torch.from_numpy(np.array(grey))[None, None] / 255 - 0.5) / 0.5
+    torch.testing.assert_close(taught_by(tmp_path, channels=1).teacher.logits(seen), expected, rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------- what cannot teach
@@ -228,7 +277,7 @@ def test_what_cannot_teach_is_refused_in_one_line(tmp_path):
     save_own(tmp_path / "grey", num_channels=1)
     for folder, source, says in (
         ("bare", None, "has no trained head: classifier"),
-        ("unseen", None, "no preprocessor_config.json"),
+        ("unseen", None, "no image processor: nothing says how its images look"),
         ("nowhere", None, "there is no such folder"),
         ("grey", None, "takes 1 channel"),
         ("good", Images(["ant", "wasp"]), "does not know 'wasp'. It has 'ant', 'bee', 'cat'"),
@@ -310,8 +359,10 @@ def test_the_model_card_names_the_teacher(tmp_path, digits_teacher):
     assert "soft, 0.5 of the loss, temperature 3" in card
 
 
-def test_open_teacher_builds_what_it_can_itself(tmp_path):
+def test_what_this_package_reads_it_builds_itself(tmp_path):
     save_own(tmp_path)
-    network, facts, size = open_teacher(str(tmp_path))
-    assert isinstance(network, ViTScratchForImageClassification)
-    assert facts["image_mean"] == [0.4] * 3 and size == (32, 32)
+    network, pixels, note = open_teacher(str(tmp_path))
+    assert isinstance(network, ViTScratchForImageClassification) and note == "" and pixels.size == (32, 32)
+    ViTForImageClassification(ViTConfig(**SMALL_VIT)).save_pretrained(tmp_path / "bare")
+    network, _, note = open_teacher(str(tmp_path / "bare"))
+    assert isinstance(network, ViTScratchForImageClassification) and "0.5 as no file says others" in note

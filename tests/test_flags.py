@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from modeling_vit_scratch.errors import UserError
+from modeling_vit_scratch.errors import UserError, unknown
 from modeling_vit_scratch.training.flags import OTHER_NAMES, REFUSED, build_parser, exit_code, main, parse_arguments
 from modeling_vit_scratch.training.overrides import merged_overrides, parse_overrides
 from modeling_vit_scratch.training.recipe import FIELDS, GROUPS, MAY_CHANGE_ON_RESUME
@@ -202,3 +202,10 @@ def test_an_image_size_is_a_side_or_height_and_width(tmp_path):
 def test_names_of_other_programs_lead_to_flags_that_there_are():
     assert set(OTHER_NAMES.values()) <= set(FIELDS) and not set(REFUSED) & set(FIELDS)
     assert set(OTHER_NAMES) <= set(REFUSED)
+
+
+def test_where_a_name_was_meant_a_long_list_is_left_out():
+    many = [f"name_{index}" for index in range(100)]
+    assert str(unknown("flag", "nam_7", many)) == "No flag 'nam_7'. Did you mean 'name_7'?"
+    assert str(unknown("flag", "zzz", many)).count("name_") == 100  # nothing is near: all there is helps
+    assert str(unknown("flag", "nam_7", many[:9])).endswith("Known: " + ", ".join(many[:9]) + ".")

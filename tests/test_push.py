@@ -439,6 +439,8 @@ def test_a_folder_that_is_no_finished_run_makes_no_repository(hub, run_dir, caps
         assert cli.main(["push", str(folder), "me/newts"]) == 2
         missing = f"model.safetensors missing: remove {run_dir}/results.json and start the command"
         assert (missing if folder == run_dir else "No ") in error_of(capsys)
+    assert cli.main(["push", str(run_dir / "model"), "me/newts"]) == 2
+    assert f"Did you mean {str(run_dir)!r}?" in error_of(capsys)
     assert hub.repositories == {} and hub.requests == []
 
 

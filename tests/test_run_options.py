@@ -346,6 +346,12 @@ def test_what_a_tracker_says_against_starting_is_one_line(tmp_path, monkeypatch)
         (["--lr_gamma", "0.5"], "it goes with --lr_scheduler_type multi_step"),
         (["--min_lr_rate", "0.1", "--lr_scheduler_type", "constant"], "a constant rate never falls"),
         (["--balanced_sampler", "true", "--streaming", "true"], "--class_weights balanced works there"),
+        (["--balanced_sampler", "true", "--class_weights", "balanced"], "would make rare classes count twice"),
+        (["--teacher_name_or_path", "t", "--bce_loss", "true"], "--bce_loss does not go with a teacher"),
+        (
+            ["--teacher_name_or_path", "t", "--distillation_alpha", "1", "--label_smoothing_factor", "0.3"],
+            "--label_smoothing_factor has no effect here: with --distillation_alpha 1",
+        ),
         (["--tf32", "true"], "--tf32 has no effect here: the device is cpu, not CUDA"),
         (["--early_stopping_patience", "2", "--train_val_split", "0"], "there is no validation split"),
         (["--time_budget", "soon"], "--time_budget takes a time such as"),

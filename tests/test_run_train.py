@@ -123,6 +123,10 @@ def test_another_recipe_is_refused_until_told_to_start_afresh(tmp_path):
     run(tmp_path / "run", "--max_steps", 2, "--learning_rate", 0.002)
     with pytest.raises(UserError, match=r"another recipe \(max_steps: 2 -> 3; learning_rate: 0.002 -> 0.1\)"):
         run(tmp_path / "run", "--max_steps", 3, "--learning_rate", 0.1)
+    several = ["--max_steps", 3, "--learning_rate", 0.1, "--seed", 7, "--weight_decay", 0.2, "--optim", "sgd",
+               "--momentum", 0.5, "--max_grad_norm", 2]  # fmt: skip
+    with pytest.raises(UserError, match=r"-> \S+; and 2 more\). Go on with the old values"):
+        run(tmp_path / "run", *several)
     run(tmp_path / "run", "--max_steps", 2, "--learning_rate", 0.002, "--logging_steps", 1)  # may change
     results = run(tmp_path / "run", "--max_steps", 3, "--overwrite_output_dir", "true")
     assert results["steps"] == 3

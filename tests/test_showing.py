@@ -10,7 +10,7 @@ from modeling_vit_scratch.data.augmentation import Draws, normalise
 from modeling_vit_scratch.data.decoding import normalisation
 from modeling_vit_scratch.training.flags import parse_arguments
 from modeling_vit_scratch.training.network import build_augmentation, build_network, source_of
-from modeling_vit_scratch.training.showing import augmented_rows, caption
+from modeling_vit_scratch.training.showing import augmented_rows, caption, readable_source
 
 TINY = ["--config_overrides", "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=24"]
 
@@ -66,6 +66,21 @@ def test_one_picture_a_policy(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*arguments, "--num_draws", "0"]) == 2
     assert capsys.readouterr().err == "error: --num_images and --num_draws must be at least 1.\n"
+
+
+def test_bad_images_are_left_out_as_a_run_leaves_them_out(image_folder, tmp_path, capsys):
+    root = image_folder(size=(16, 16), cat=8, dog=8)
+    (root / "cat" / "0.png").write_bytes(b"no image")
+    command = ["show-augmentation", "--train_dir", str(root), "--picture", str(tmp_path / "seen.png")]
+    assert cli.main(command) == 2 and "--bad_images skip" in capsys.readouterr().err
+    assert cli.main([*command, "--bad_images", "skip"]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 16 training image(s) cannot be read and are left out." in out and "seen.png: 8 images" in out
+    recipe, _ = parse_arguments(["--train_dir", str(root), "--bad_images", "skip"])
+    assert len(readable_source(recipe).splits["train"]) == 13  # of 15, two are held out
+    (root / "dog" / "1.png").write_bytes(b"")
+    assert cli.main([*command, "--bad_images", "skip", "--max_bad_images", "0.05"]) == 2
+    assert "--max_bad_images 0.13" in capsys.readouterr().err
 
 
 def test_the_table_of_parameters_shows_rates_and_decays(capsys):

@@ -227,6 +227,7 @@ def test_folders_name_the_classes_for_every_split(image_folder):
         ({"dataset_name": "cifar1"}, "No dataset 'cifar1'. Did you mean 'cifar10'?"),
         ({"dataset_name": "./nowhere"}, "there is no such folder"),
         ({"train_dir": "./nowhere"}, "--train_dir ./nowhere: there is no such folder"),
+        ({"train_dir": __file__}, r"test_sources.py: is a file; a folder of images is expected"),
         ({"dataset_name": "me/private"}, "not on this machine and the Hub cannot be reached"),
     ],
 )

@@ -136,6 +136,8 @@ def test_what_is_the_same_in_other_words_is_written_in_them(own, tmp_path, to, f
         ("timm", {"patch_stride": 4}, "patch_stride=4 (its patches do not overlap)"),
         ("timm", {"head_dim": 16}, "head_dim=16 (it has 8)"),
         ("torchvision", {"image_size": (32, 40)}, "image_size=(32, 40) (it has squares)"),
+        ("torchvision", {"pooling": "mean"}, "pooling='mean' (it has 'cls'). --to timm can."),
+        ("transformers", {"position_embedding_type": "none", "pre_norm": False}, "type='none' (it has 'learned').\n"),
         (
             "transformers",
             {"num_register_tokens": 2, "layer_scale_init": 1e-5},

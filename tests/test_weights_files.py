@@ -88,6 +88,26 @@ def test_a_file_beside_a_config_is_read_with_it(tmp_path):
     assert report.inferred["num_attention_heads"] == 1 and report.inferred["layer_norm_eps"] == 1e-12
 
 
+def test_what_is_no_model_says_what_would_be(tmp_path):
+    for name, says in (
+        ("", "An empty name names no checkpoint"),
+        (str(tmp_path), "has no config.json. Expected a run's folder, its model/, a checkpoint or a repository"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load_pretrained(name)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    save_file({"base_model.model.classifier.bias": torch.zeros(3)}, adapter / "adapter_model.safetensors")
+    for named in (adapter, adapter / "adapter_model.safetensors"):
+        with pytest.raises(UserError, match=r"is a LoRA adapter, which changes a model and is none by itself\.$"):
+            load_pretrained(str(named))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"The model with it merged in is {tmp_path / 'model'}"):
+        load_pretrained(str(adapter))
+
+
 def test_an_unusual_width_needs_its_heads_said(tmp_path):
     torch.save(TimmViT(**{**TIMM, "embed_dim": 60, "num_heads": 3}).state_dict(), tmp_path / "vit.pth")
     with pytest.raises(UserError, match="hidden size 60 is no multiple of 64; name the folder"):

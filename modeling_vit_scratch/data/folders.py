@@ -120,7 +120,8 @@ def _index_folder(split: str, folder: str, label_column: str | None, notes: list
     """The images below a folder in their order with their labels; adds to `notes` what is left out."""
     flag, root = f"--{split}_dir", os.path.expanduser(folder)
     if not os.path.isdir(root):
-        raise UserError(f"{flag} {shown(folder)}: there is no such folder.")
+        what = "is a file; a folder of images is expected" if os.path.exists(root) else "there is no such folder"
+        raise UserError(f"{flag} {shown(folder)}: {what}.")
     listing = Listing(root)
     if split == ruling:
         _refuse_splits(listing, flag)

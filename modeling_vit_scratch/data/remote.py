@@ -5,7 +5,6 @@ broken server) is tried again, each time said on stderr; everything else is an e
 """
 
 import contextlib
-import logging
 import os
 import re
 import sys
@@ -20,7 +19,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 from huggingface_hub.hf_file_system import HfFileSystem, HfFileSystemFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from ..errors import PassingError, UserError
+from ..errors import PassingError, UserError, quiet_hub
 
 Result = TypeVar("Result")
 
@@ -139,20 +138,6 @@ def load_builder(location: str, config_name: str | None) -> datasets.DatasetBuil
 
 def _offline() -> bool:
     return bool(datasets.config.HF_HUB_OFFLINE or huggingface_hub.constants.HF_HUB_OFFLINE)
-
-
-@contextlib.contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Keeps the Hub client's retry log off the screen: the one line of our own error says it all."""
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets", "fsspec", "httpx", "httpx2")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @contextlib.contextmanager

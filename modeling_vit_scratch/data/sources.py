@@ -11,11 +11,11 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ..errors import UserError, unknown
+from ..errors import UserError, quiet_hub, unknown
 from .examples import ArrayExamples, Examples, ParquetExamples, TableExamples, TarExamples, read_footer
 from .folders import SPLIT_NAMES, open_folders
 from .labels import classes_of
-from .remote import hub_errors, load_builder, note, quiet_hub
+from .remote import hub_errors, load_builder, note
 from .splits import Source, Split, hold_out, limit_samples
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")  # in this order, where features alone do not decide

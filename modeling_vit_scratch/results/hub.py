@@ -11,8 +11,7 @@ import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from ..data.remote import quiet_hub
-from ..errors import UserError
+from ..errors import UserError, quiet_hub
 
 
 def open_repository(name: str, private: bool | None = None, revision: str | None = None) -> str:

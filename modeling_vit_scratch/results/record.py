@@ -78,8 +78,10 @@ def read_run(run_dir: str | Path) -> RunRecord:
 
 def _read_text(path: Path) -> str:
     if not path.is_file():
+        around = path.parent.parent  # of a model/ or a checkpoint
+        hint = f" Did you mean {str(around)!r}?" if (around / path.name).is_file() else ""
         raise UserError(
-            f"No {path}: expected a finished run's folder, with recipe.json, metrics.jsonl and results.json."
+            f"No {path}: expected a finished run's folder, with recipe.json, metrics.jsonl and results.json.{hint}"
         )
     return path.read_text(encoding="utf-8")
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 from .plots import LIGHT, Theme, png_bytes, style_axes
-from .record import METRICS, accuracy_margin, metric_label, metric_text, printable, public_command
+from .record import METRICS, accuracy_margin, command_text, metric_label, metric_text, printable
 
 Record = dict[str, Any]
 
@@ -172,7 +172,7 @@ def markdown(record: Record) -> str:
         lines += ["", f"Best: {values_text(best.values)}, validation {metric_label(metric).lower()} {score}."]
         run = next(run for run in best.runs if run["status"] == "finished")
         if run.get("command"):
-            lines += ["Again: `" + public_command(run["command"]) + "`"]
+            lines += ["Again: `" + command_text(run["command"]) + "`"]
         accuracy, images = best.scores.get("validation_accuracy"), run.get("num_validation_images")
         if accuracy is not None and images:
             margin = metric_text("accuracy", accuracy_margin(accuracy.mean, images))

@@ -69,7 +69,7 @@ def _find(
             if time.monotonic() - said > SECONDS_BETWEEN_NEWS:
                 said = time.monotonic()
                 yield f"looked at {scan.num_images:,} of {sizes[name]:,} {name} images, {len(scan.bad)} bad", None
-        _check_what_is_left(source, name, scan, largest_share)
+        check_what_is_left(source, name, scan, largest_share)
         bad[name] = scan.bad
     lists = {name: [dataclasses.asdict(image) for image in images] for name, images in bad.items()}
     write_json(path, {name: {"num_images": sizes[name], "bad": found} for name, found in lists.items()})
@@ -97,7 +97,8 @@ def _read(path: Path, source: Source) -> tuple[BadImages | None, str]:
     return bad, ""
 
 
-def _check_what_is_left(source: Source, name: str, scan: Scan, largest_share: float):
+def check_what_is_left(source: Source, name: str, scan: Scan, largest_share: float):
+    """Raises UserError where nothing of a split can be read, nothing of a class of training, or too little."""
     if not scan.bad:
         return
     first = scan.bad[0]

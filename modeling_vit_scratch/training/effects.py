@@ -7,7 +7,7 @@ from ..data.decoding import Decoder
 from ..data.loading import is_resident
 from ..data.splits import Source
 from ..errors import UserError
-from .features import can_cache_features, drawn_of_images
+from .features import can_cache_features, drawn_of_images, is_for_features
 from .network import probe_source
 from .overrides import checkpoint_overrides, has_own_patch_drop_rate, may_see_less, patch_drop_rate_of
 from .recipe import CONSTANT, MULTI_LABEL_METRICS, Recipe
@@ -47,6 +47,13 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
     **dict.fromkeys(
         ("distillation_type", "distillation_alpha"),
         (lambda r: r.teacher_name_or_path is None, "it goes with --teacher_name_or_path"),
+    ),
+    **dict.fromkeys(
+        ("label_smoothing_factor", "class_weights"),
+        (
+            lambda r: r.teacher_name_or_path is not None and r.distillation_alpha == 1,
+            "with --distillation_alpha 1 the teacher is learned alone, no label",
+        ),
     ),
     "teacher_revision": (
         lambda r: r.teacher_name_or_path is None or Path(r.teacher_name_or_path).expanduser().exists(),
@@ -154,7 +161,7 @@ IDLE_ON_SOURCE: dict[str, tuple[Callable[[Source, Decoder], bool], str]] = {
 
 
 def _copies_are_alike(recipe: Recipe) -> bool:
-    is_mirrored = recipe.horizontal_flip_prob > 0 and recipe.finetune != "head"
+    is_mirrored = recipe.horizontal_flip_prob > 0 and not is_for_features(recipe)
     return recipe.aug_repeats > 1 and not is_mirrored and not any(drawn_of_images(recipe))
 
 
@@ -179,6 +186,15 @@ def check_recipe(recipe: Recipe, chosen: frozenset[str]):
         raise UserError("patch_drop_rate does not work with --specimen: a specimen sees all patches.")
     if recipe.hub_strategy == "every_save" and recipe.finetune == "lora":
         raise UserError("--hub_strategy every_save has no effect here: LoRA is merged into the network at the end.")
+    if recipe.bce_loss and recipe.teacher_name_or_path is not None:
+        raise UserError(
+            "--bce_loss does not go with a teacher, whose probabilities add up to 1; those of binary cross-entropy do "
+            "not. Leave it out."
+        )
+    if recipe.balanced_sampler and recipe.class_weights is not None:
+        raise UserError(
+            "--balanced_sampler and --class_weights balanced would make rare classes count twice: give one of them."
+        )
     if recipe.nesterov and recipe.momentum == 0:
         raise UserError("--nesterov true needs a --momentum above 0.")
     if recipe.aug_repeats > 1 and recipe.streaming:

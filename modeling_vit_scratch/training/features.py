@@ -79,12 +79,16 @@ def drawn_of_images(recipe: Recipe) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def is_for_features(recipe: Recipe) -> bool:
+    """Whether nothing but a head is trained, on features alone: a teacher wants to see images."""
+    return recipe.finetune == "head" and recipe.teacher_name_or_path is None
+
+
 def can_cache_features(recipe: Recipe, num_samples: int, hidden_size: int) -> bool:
     """Whether the backbone sees no more than two views of each training image, and their features fit into memory."""
     drawn = drawn_of_images(recipe)
     num_bytes = num_samples * (1 + (recipe.horizontal_flip_prob > 0)) * hidden_size * 4
-    is_frozen = recipe.finetune == "head" and recipe.teacher_name_or_path is None  # a teacher wants to see images
-    return is_frozen and not recipe.streaming and not any(drawn) and num_bytes <= RESIDENT_BYTES
+    return is_for_features(recipe) and not recipe.streaming and not any(drawn) and num_bytes <= RESIDENT_BYTES
 
 
 def cache_features(

@@ -19,7 +19,6 @@ from ..data.augmentation import Draws, Mixing, normalise, send
 from ..data.decoding import Decoder, normalisation
 from ..data.loading import Batch, EvaluationData, TrainingData
 from ..data.order import derived_seed
-from ..data.splits import hold_out, limit_samples
 from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from . import effects
@@ -40,7 +39,7 @@ from .machine import (
     refuse_precision,
     start_accelerator,
 )
-from .network import build_augmentation, build_network, source_of
+from .network import build_augmentation, build_network, source_of, split_as_asked, whole_source_of
 from .objectives import objective_of
 from .optimization import build_optimizer, optimizer_warning, parameter_groups
 from .overrides import checkpoint_overrides
@@ -100,16 +99,14 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     facts = {"mixed_precision": accelerator.mixed_precision, "num_processes": world_size}
     run, skipped = None, {}
     is_scanned = recipe.bad_images == "skip"
-    every = {"train_val_split": 0.0, "max_train_samples": None, "max_eval_samples": None}
-    whole = recipe.replace(**every) if is_scanned else recipe
-    source = first_on_each_node(accelerator, lambda: source_of(whole))  # one download a node
+    open_images = partial(whole_source_of if is_scanned else source_of, recipe)
+    source = first_on_each_node(accelerator, open_images)  # one download a node
     # a wrong token is found before anything is trained, and no repository is made for data that is not there
     repository = agree(accelerator, lambda: open_destination(recipe, output_dir)) if recipe.push_to_hub else None
     if is_scanned:  # before a validation split is held out: as if bad images had never been there
         run = agree(accelerator, lambda: open_run(output_dir, recipe, facts, data_facts(source)))  # keeps what is found
         skipped = leave_out_bad_images(accelerator, source, output_dir, recipe.max_bad_images)
-        hold_out(source, recipe.train_val_split, recipe.seed)
-        limit_samples(source, recipe.max_train_samples, recipe.max_eval_samples, recipe.seed)
+        split_as_asked(recipe, source)
     set_seed(derived_seed(recipe.seed, "initialisation") % 2**32)
     model, processor, loading_report = first_on_each_node(accelerator, lambda: build_network(recipe, chosen, source))
     num_parameters, finetuning = model.num_parameters(), prepare_finetuning(model, recipe)
@@ -291,6 +288,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         guard.check(0.0, where_to_go_on)
         state.save()  # the number of steps is never measured again
     lines = [] if loading_report is None else [str(loading_report), str(finetuning)]
+    lines += [] if distillation is None else [str(distillation)]
     lines += resolution.stages(total_steps, model.config)
     save_every = epoch_steps if recipe.save_strategy == "epoch" else in_steps(recipe.save_steps, total_steps)
     scored_every = eval_every if "validation" in held else None
@@ -423,6 +421,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
             accelerator.print(f"scoring {sizes} images", flush=True)
         finals = {name: latest if name == "validation" and latest is not None else final(name) for name in held}
     learned = {"num_parameters": num_parameters, "trainable_parameters": finetuning.num_trained, "baseline": baseline}
+    learned["teacher"] = None if distillation is None else distillation.teacher.told
     if finetuning.num_trained == num_parameters:
         learned["train_pflop"] = resolution.pflop(model.config, position.step, total_steps, batch_size)
     results = {**collect_results(recipe, chosen, accelerator, source, state, finals, weights), **learned, **skipped}

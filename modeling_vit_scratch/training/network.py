@@ -10,7 +10,7 @@ from ..configuration_vit_scratch import PRESETS, ViTScratchConfig, pair
 from ..data.augmentation import Augmentation
 from ..data.decoding import Decoder, Processor, probe
 from ..data.sources import open_source
-from ..data.splits import Source
+from ..data.splits import Source, hold_out, limit_samples
 from ..errors import UserError, unknown
 from ..image_processing_vit_scratch import ViTScratchImageProcessor, ViTScratchImageProcessorPil
 from ..modeling_vit_scratch import ViTScratchForImageClassification
@@ -30,6 +30,17 @@ def source_of(recipe: Recipe) -> Source:
         recipe.image_column_name, recipe.label_column_name, recipe.streaming, recipe.train_val_split, recipe.seed,
         recipe.max_train_samples, recipe.max_eval_samples,
     )  # fmt: skip
+
+
+def whole_source_of(recipe: Recipe) -> Source:
+    """The same with nothing held out or limited yet: what cannot be read is left out first."""
+    return source_of(recipe.replace(train_val_split=0.0, max_train_samples=None, max_eval_samples=None))
+
+
+def split_as_asked(recipe: Recipe, source: Source):
+    """Holds out and limits what whole_source_of did not."""
+    hold_out(source, recipe.train_val_split, recipe.seed)
+    limit_samples(source, recipe.max_train_samples, recipe.max_eval_samples, recipe.seed)
 
 
 def probe_source(source: Source) -> tuple[tuple[int, int] | None, int]:

@@ -107,7 +107,7 @@ class Recipe:
     )
     teacher_name_or_path: str | None = flag(
         None, NETWORK, "a trained classifier whose answers are learned too (distillation): a Hub name or a folder, of "
-        "any architecture that transformers has, with these classes, by their names, among its own",
+        "any architecture that transformers (or timm, if installed) has, with these classes' names among its own",
     )  # fmt: skip
     teacher_revision: str | None = flag(None, NETWORK, "the branch, tag or commit of a teacher on the Hub; else main")
     distillation_type: str = flag(
@@ -118,7 +118,7 @@ class Recipe:
         0.5, NETWORK, "the teacher's share of the loss; labels have the rest", above=0, at_most=1
     )
     distillation_temperature: float = flag(
-        2.0, NETWORK, "by which logits of both are divided before their probabilities are compared", above=0
+        2.0, NETWORK, "with soft, by which both networks' logits are divided; its square scales that loss", above=0
     )
     dtype: str = flag(
         "float32", NETWORK, "of the weights; float64 is for comparisons on a CPU", choices=("float32", "float64")
@@ -141,7 +141,7 @@ class Recipe:
 
     # --- optimization
     optim: str = flag(
-        "adamw", OPTIMIZATION, "the optimizer; muon: Muon on hidden matrices, AdamW on the rest",
+        "adamw", OPTIMIZATION, "the optimizer; lamb: for large batches; muon: Muon on hidden matrices, AdamW besides",
         choices=("adamw", "adam", "lamb", "sgd", "muon"),
     )  # fmt: skip
     learning_rate: float = flag(1e-3, OPTIMIZATION, "the highest rate", above=0)

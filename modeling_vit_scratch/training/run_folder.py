@@ -20,6 +20,7 @@ OURS = (
     "checkpoints", "model", "adapter",
 )  # fmt: skip
 
+MOST_DIFFERENCES = 5  # between two recipes that are named
 AFRESH = "choose another --output_dir, or start afresh with --overwrite_output_dir"
 
 
@@ -187,7 +188,10 @@ def _refuse_another_recipe(whose: str, remedy: str, old: dict[str, Any], recipe:
     compared = [name for name in new if name not in free]
     differing = [f"{name}: {old.get(name)!r} -> {new[name]!r}" for name in compared if old.get(name) != new[name]]
     if differing:
-        raise UserError(f"{whose} of another recipe ({'; '.join(differing)}). Go on with the old values, {remedy}.")
+        named = "; ".join(differing[:MOST_DIFFERENCES])
+        if len(differing) > MOST_DIFFERENCES:
+            named += f"; and {len(differing) - MOST_DIFFERENCES} more"
+        raise UserError(f"{whose} of another recipe ({named}). Go on with the old values, {remedy}.")
 
 
 def _compare_data(folder: Path, old: dict[str, Any], data: dict[str, Any], goes_on: bool) -> str | None:

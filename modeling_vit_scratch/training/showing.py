@@ -12,14 +12,17 @@ from ..data.augmentation.mixing import rows_of_labels
 from ..data.decoding import Decoder, normalisation
 from ..data.loading import RowReader
 from ..data.order import ResidentOrder, derived_seed
+from ..data.scan import scan_split, without_bad
 from ..data.splits import Source
 from ..errors import UserError
 from ..results.augmentation_grid import Panel, write_augmentation_grid
 from ..results.record import public_word
 from . import effects
+from .bad_images import check_what_is_left
 from .finetuning import head_rate_scale, prepare_finetuning
 from .flags import Parser, exit_code, parse_arguments
-from .network import build_augmentation, build_network, source_of
+from .machine import num_cores
+from .network import build_augmentation, build_network, source_of, split_as_asked, whole_source_of
 from .optimization import parameter_groups, parameter_table
 from .recipe import Recipe
 
@@ -87,7 +90,7 @@ def show_augmentation(arguments: list[str]) -> int:
         recipe, chosen = _checked(rest)
         if own.every_policy and recipe.auto_augment is not None:
             raise UserError("--every_policy draws all of them: leave out --auto_augment.")
-        source = source_of(recipe)
+        source = readable_source(recipe)
         file = Path(own.picture)
         for policy in POLICIES if own.every_policy else [recipe.auto_augment]:
             target = file.with_name(f"{file.stem}-{policy}.png") if own.every_policy else file
@@ -97,6 +100,21 @@ def show_augmentation(arguments: list[str]) -> int:
             print(f"{target}: {len(rows[0])} images, {len(rows) - 1} draws of each")
 
     return exit_code(act)
+
+
+def readable_source(recipe: Recipe) -> Source:
+    """The recipe's images; with --bad_images skip those of training that can be read, found as a run finds them."""
+    if recipe.bad_images != "skip":
+        return source_of(recipe)
+    source = whole_source_of(recipe)
+    split = source.splits["train"]
+    scan = scan_split(split, num_cores())
+    check_what_is_left(source, "train", scan, recipe.max_bad_images)
+    if scan.bad:
+        print(f"{len(scan.bad):,} of {len(split):,} training image(s) cannot be read and are left out.")
+    source.splits["train"] = without_bad(split, scan.bad)
+    split_as_asked(recipe, source)
+    return source
 
 
 def _title(recipe: Recipe, source: Source) -> str:

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..errors import UserError
+from ..errors import UserError, quiet_hub
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")  # read with weights_only=True, and only where they are local
 ENDINGS = (".safetensors", ".npz", *PICKLES)
@@ -117,6 +117,8 @@ def open_checkpoint(name_or_path: str, hub: dict[str, Any] | None = None) -> Che
     its folder would be. Raises UserError where there is no such checkpoint, or where it cannot be read.
     """
     path = Path(name_or_path).expanduser()
+    if not name_or_path.strip():
+        raise UserError("An empty name names no checkpoint: expected a folder, a file of weights or owner/name.")
     if path.is_file():
         return _open_file(name_or_path, path)
     if path.is_dir():
@@ -127,6 +129,7 @@ def open_checkpoint(name_or_path: str, hub: dict[str, Any] | None = None) -> Che
 
 
 def _open_file(name: str, path: Path) -> Checkpoint:
+    _refuse_adapter(name, path.parent if path.name.startswith("adapter") else path)
     if path.suffix not in ENDINGS:
         raise UserError(f"{name}: expected a file of weights ({', '.join(ENDINGS)}), got {path.suffix or path.name!r}.")
     beside = path.with_name("config.json")
@@ -135,6 +138,13 @@ def _open_file(name: str, path: Path) -> Checkpoint:
     config = _read_json(name, beside) if beside.is_file() else {}
     notes = ["facts from the config.json beside it"] if config else []
     return Checkpoint(name, config, lambda: path.with_name("preprocessor_config.json"), lambda: path, notes)
+
+
+def _refuse_adapter(name: str, folder: Path):
+    if (folder / "adapter_config.json").is_file():
+        merged = folder.parent / "model"
+        hint = f" The model with it merged in is {merged}." if (merged / "config.json").is_file() else ""
+        raise UserError(f"{name} is a LoRA adapter, which changes a model and is none by itself.{hint}")
 
 
 def _refuse_training_state(name: str, folder: Path):
@@ -149,9 +159,12 @@ def _open_folder(name: str, folder: Path) -> Checkpoint:
     if (folder / "recipe.json").is_file() and (folder / "model" / "config.json").is_file():
         folder /= "model"  # of a finished run
     if not (folder / "config.json").is_file():
+        _refuse_adapter(name, folder)
         _refuse_training_state(name, folder)
         files = [file.name for file in sorted(folder.iterdir()) if file.suffix in ENDINGS]
-        hint = f" To read it without one, name the file itself: {folder / files[0]}." if files else ""
+        hint = " Expected a run's folder, its model/, a checkpoint or a repository on the Hub."
+        if files:
+            hint = f" To read it without one, name the file itself: {folder / files[0]}."
         raise UserError(f"{name}: the folder has no config.json.{hint}")
 
     def weights() -> Path:
@@ -195,7 +208,8 @@ def _no_safetensors(name: str, hub: dict[str, Any]) -> str:
 def _fetched(name: str, file_name: str, hub: dict[str, Any], optional: bool = False) -> Path | None:
     """The local copy of a repository's file; None where it is optional and the repository has none."""
     try:
-        return Path(hf_hub_download(name, file_name, **hub))
+        with quiet_hub():
+            return Path(hf_hub_download(name, file_name, **hub))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(f"{name}: no such folder or file, and no such model on the Hub.{_near(name)}") from error
     except LocalEntryNotFoundError as error:  # an EntryNotFoundError too: it comes first

@@ -109,7 +109,15 @@ def common_form(
 
 
 def _check(config: ViTScratchConfig, target: Target):
-    """Raises UserError, naming fields and values, where the target cannot be this network."""
+    """Raises UserError, naming fields and values, where the target cannot be this network, and which others can."""
+    if refused := _refused(config, target):
+        others = [f"--to {name}" for name, other in TARGETS.items() if not _refused(config, other)]
+        hint = f" {' or '.join(others)} can." if others else ""
+        raise UserError(f"{target.title} cannot be this network: {', '.join(refused)}.{hint}")
+
+
+def _refused(config: ViTScratchConfig, target: Target) -> list[str]:
+    """The fields, with their values, that the target does not have."""
     patch = config.patch_height_width
     allowed = {"pre_norm": (True,), **target.expresses(config)}
     refused = [
@@ -126,8 +134,7 @@ def _check(config: ViTScratchConfig, target: Target):
             height, width = pair(getattr(config, field))
             if height != width:
                 refused.append(f"{field}={(height, width)} (it has squares)")
-    if refused:
-        raise UserError(f"{target.title} cannot be this network: {', '.join(refused)}.")
+    return refused
 
 
 def _left_behind(config: ViTScratchConfig, target: Target) -> list[str]:
