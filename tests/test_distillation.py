@@ -17,6 +17,8 @@ from test_run_train import run
 from transformers import (
     AutoImageProcessor,
     ConvNextImageProcessor,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
     EfficientNetImageProcessor,
     MobileViTImageProcessor,
     ResNetConfig,
@@ -110,12 +112,12 @@ def test_labels_and_teacher_share_the_loss():
 # ---------------------------------------------------------------- the teacher and its images
 
 
-def save_resnet(folder, names=NAMES, processor=None, model_class=ResNetForImageClassification):
+def save_resnet(folder, names=NAMES, processor=None, model_class=ResNetForImageClassification, **fields):
     """A small residual network of transformers, its classifier far from zero, as transformers saves it."""
     torch.manual_seed(0)
     config = ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=len(names),
-        id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)},
+        id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)}, **fields,
     )  # fmt: skip
     network = model_class(config).eval()
     network.save_pretrained(folder)
@@ -294,6 +296,33 @@ def test_what_cannot_teach_is_refused_in_one_line(tmp_path):
             taught_by(tmp_path / "good")
 
 
+def test_a_teacher_that_cannot_answer_is_found_before_training(tmp_path):
+    size = {"height": 24, "width": 24}
+    save_resnet(tmp_path / "zero", processor=ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.0] * 3))
+    DeiTForImageClassificationWithTeacher(
+        DeiTConfig(**{**SMALL_VIT, "id2label": dict(enumerate(NAMES))})
+    ).save_pretrained(tmp_path / "size")
+    ViTImageProcessor(size=size).save_pretrained(tmp_path / "size")
+    save_resnet(tmp_path / "grey", processor=ViTImageProcessor(size=size), num_channels=1)
+    for name, says in (
+        ("zero", "not all finite"), ("size", "does not take the images that its own files ask for"),
+        ("grey", "what its image processor does cannot be done here"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            taught_by(tmp_path / name, channels=1 if name == "grey" else 3)
+
+
+def test_no_code_of_a_teachers_repository_is_run_or_asked_for(tmp_path, monkeypatch):
+    save_resnet(tmp_path, processor=PROCESSORS["squash"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    code = {"AutoConfig": "my.Config", "AutoModelForImageClassification": "my.Network"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": code}))
+    (tmp_path / "my.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    with pytest.raises(UserError, match="no image classifier that transformers can build"):
+        taught_by(tmp_path)
+
+
 def test_flags_that_need_a_teacher_are_refused_without_one(tmp_path):
     for flags in (["--distillation_alpha", 0.3], ["--distillation_temperature", 3], ["--distillation_type", "hard"],
                   ["--teacher_revision", "main"]):  # fmt: skip
@@ -339,6 +368,29 @@ def test_a_resumed_run_with_a_teacher_equals_the_uninterrupted_one(tmp_path, mon
     arguments = ["--max_steps", 12, "--save_steps", 4, "--logging_steps", 3, "--mixup_alpha", 0.4,
                  "--teacher_name_or_path", digits_teacher]  # fmt: skip
     assert_killed_runs_end_alike(tmp_path, monkeypatch, arguments, 9)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--dtype", "float64"], ["--initial_image_size", 4, "--config_overrides", "patch_size=2"],
+     ["--random_erasing_prob", 0.5, "--cutmix_alpha", 1, "--gradient_accumulation_steps", 3, "--optim", "lamb"],
+     ["--config_overrides", "patch_drop_rate=0.5", "--gradient_checkpointing", "true"]],
+)  # fmt: skip
+def test_a_teacher_goes_with_what_else_a_run_can_do(tmp_path, digits_teacher, capsys, flags):
+    results = run(tmp_path, "--max_steps", 3, "--teacher_name_or_path", digits_teacher, *flags)
+    told = f"taught by {results['teacher']}: soft at temperature 2, 0.5 of the loss"
+    assert results["steps"] == 3 and told in capsys.readouterr().out
+    assert results["teacher"].startswith(f"{digits_teacher} (ViTScratchForImageClassification, ")
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_of_several_labels_each_is_learned_from_the_teacher(tmp_path, colours, kind):
+    flags = ["--train_dir", colours("train", 60), "--max_steps", 60, "--image_size", 8, "--preset", "digits"]
+    teacher = run(tmp_path / "teacher", *flags)
+    student = run(tmp_path / "student", *flags, "--teacher_name_or_path", tmp_path / "teacher", "--seed", 3,
+                  "--distillation_alpha", 1, "--distillation_type", kind)  # fmt: skip
+    assert teacher["validation_mean_average_precision"] > 0.8
+    assert student["validation_mean_average_precision"] > 0.8
 
 
 def test_a_head_with_a_teacher_sees_images_not_cached_features(tmp_path, digits_teacher):
