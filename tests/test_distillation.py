@@ -35,9 +35,10 @@ from modeling_vit_scratch import ViTScratchForImageClassification
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.results.model_folder import save_model_folder
 from modeling_vit_scratch.training import distillation, loop
-from modeling_vit_scratch.training.distillation import Distillation, Teacher, distillation_of, open_teacher
+from modeling_vit_scratch.training.distillation import Distillation, Teacher, distillation_of
 from modeling_vit_scratch.training.flags import parse_arguments
 from modeling_vit_scratch.training.network import build_network, source_of
+from modeling_vit_scratch.training.teachers import open_teacher
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 NAMES = ["ant", "bee", "cat"]
