@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import distillation  # noqa: E402
 import finetuning  # noqa: E402
 import gpu  # noqa: E402
 import results_table  # noqa: E402
@@ -52,6 +53,12 @@ def test_the_table_of_fine_tuning_is_the_recorded_one():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert finetuning.with_recorded(readme) == readme
     assert finetuning.with_recorded(readme.replace("| head |", "| neck |")) == readme
+
+
+def test_the_table_of_distillation_is_the_recorded_one():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert distillation.with_recorded(readme) == readme
+    assert distillation.with_recorded(readme.replace("| labels alone |", "| labels |")) == readme
 
 
 def test_the_table_of_the_same_minutes_is_the_recorded_one():
