@@ -409,6 +409,8 @@ def test_a_save_that_cannot_be_pushed_is_said_and_stops_nothing(hub, tmp_path, c
     saves.finish()
     assert "note: step 2 of 6 was not pushed: " in capsys.readouterr().out
     fault.times = 0
+    saves.push(tmp_path / "gone", 4, 6)
+    assert "note: step 4 of 6 was not pushed: " in capsys.readouterr().out
     PushedSaves(tmp_path, None).push(checkpoint, 2, 6)  # nothing is asked for
     assert not (tmp_path / ".pushing").exists()
 

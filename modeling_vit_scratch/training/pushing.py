@@ -6,6 +6,8 @@ import shutil
 import threading
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ..errors import UserError
 from ..results.hub import open_repository, push_folder
 from ..results.model_card import card_of
@@ -76,8 +78,12 @@ class PushedSaves:
         """Begins to push what a checkpoint would publish; its files are copied first, as it may soon be removed."""
         if self.repository is None or (self.thread is not None and self.thread.is_alive()):
             return
-        checkpoint_as_model(checkpoint, self.folder)
         message = f"step {step:,} of {total_steps:,}"
+        try:
+            checkpoint_as_model(checkpoint, self.folder)
+        except (OSError, SafetensorError) as error:  # a full disk: the checkpoint itself is whole
+            print(f"\nnote: {message} was not pushed: {' '.join(str(error).split())}", flush=True)
+            return
         # a daemon: a run that is stopped does not wait either, and a commit is made whole or not at all
         self.thread = threading.Thread(target=self._push, args=(self.repository, message), daemon=True)
         self.thread.start()
