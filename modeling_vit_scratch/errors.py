@@ -37,7 +37,7 @@ def unknown(kind: str, name: object, known: Iterable[str], listing: str | None =
 
 @contextlib.contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Keeps the Hub client's retry log off the screen: the one line of our own error says it all."""
+    """Keeps what the Hub's client and transformers log off the screen: the one line of our own error says it all."""
     loggers = [logging.getLogger(name) for name in NOISY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -313,6 +313,21 @@ def test_a_teacher_that_cannot_answer_is_found_before_training(tmp_path):
             taught_by(tmp_path / name, channels=1 if name == "grey" else 3)
 
 
+def test_a_file_beside_the_weights_is_not_taken_for_them(tmp_path):
+    save_resnet(tmp_path, processor=PROCESSORS["squash"])
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "ema.safetensors")
+    assert taught_by(tmp_path / "model.safetensors").teacher.view.size == (32, 32)
+    with pytest.raises(UserError, match="ema.safetensors: of such a network, name the folder"):
+        taught_by(tmp_path / "ema.safetensors")
+
+
+def test_of_several_labels_a_teacher_that_does_not_say_so_is_told(tmp_path):
+    save_resnet(tmp_path, processor=PROCESSORS["squash"])
+    several = taught_by(tmp_path, source=Images(is_multi_label=True)).teacher.told
+    assert "a probability of its own, which none of its files says" in several
+    assert "probability" not in taught_by(tmp_path).teacher.told
+
+
 def test_no_code_of_a_teachers_repository_is_run_or_asked_for(tmp_path, monkeypatch):
     save_resnet(tmp_path, processor=PROCESSORS["squash"])
     config = json.loads((tmp_path / "config.json").read_text())

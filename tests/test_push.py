@@ -1,5 +1,6 @@
 """To the Hub and back: one commit or nothing, checked before training; a stranger without the package loads it."""
 
+import errno
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from transformers.utils import hub as transformers_hub
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor, cli
 from modeling_vit_scratch.errors import UserError
+from modeling_vit_scratch.results import model_folder
 from modeling_vit_scratch.results.model_card import write_model_card
 from modeling_vit_scratch.results.model_folder import checkpoint_as_model, save_model_folder
 from modeling_vit_scratch.training import flags, loop
@@ -399,7 +401,7 @@ def test_every_save_pushes_the_weights_that_a_checkpoint_would_publish(averaging
     assert not (run_dir / ".pushing").exists()
 
 
-def test_a_save_that_cannot_be_pushed_is_said_and_stops_nothing(hub, tmp_path, capsys):
+def test_a_save_that_cannot_be_pushed_is_said_and_stops_nothing(hub, tmp_path, capsys, monkeypatch):
     fault = hub.fail("/commit/", times=10**6, status=500, method="POST")
     saves = PushedSaves(tmp_path, "me/digits")
     model = build()
@@ -409,8 +411,15 @@ def test_a_save_that_cannot_be_pushed_is_said_and_stops_nothing(hub, tmp_path, c
     saves.finish()
     assert "note: step 2 of 6 was not pushed: " in capsys.readouterr().out
     fault.times = 0
-    saves.push(tmp_path / "gone", 4, 6)
+    assert not (tmp_path / ".pushing").exists()
+
+    def fill(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(model_folder.shutil, "copyfile", fill)
+    saves.push(checkpoint, 4, 6)
     assert "note: step 4 of 6 was not pushed: " in capsys.readouterr().out
+    assert not list(tmp_path.glob(".*pushing"))  # what was written of it would take the last room
     PushedSaves(tmp_path, None).push(checkpoint, 2, 6)  # nothing is asked for
     assert not (tmp_path / ".pushing").exists()
 

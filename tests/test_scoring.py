@@ -26,7 +26,7 @@ from modeling_vit_scratch.data.splits import Source, Split
 from modeling_vit_scratch.errors import UserError
 from modeling_vit_scratch.results.model_folder import save_model_folder
 from modeling_vit_scratch.results.prediction import open_model, predict
-from modeling_vit_scratch.results.score_text import score_text, with_recall_intervals
+from modeling_vit_scratch.results.score_text import class_means, overall, score_text, with_recall_intervals
 from modeling_vit_scratch.training.scoring import match_classes
 
 
@@ -352,6 +352,17 @@ def test_damaged_weights_are_no_score(digits, save_model, capsys):
 
 
 # ---------------------------------------------------------------- the text
+
+
+def test_of_images_without_any_class_there_is_no_mean_over_classes():
+    rows = [{"class": "cat", "precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}]
+    assert class_means(rows) == {}
+    results = {"per_class": with_recall_intervals(rows), "accuracy": 1.0, "accuracy_interval": [0.5, 1.0], "f1_macro": 0.0,
+               "is_multi_label": True, **class_means(rows)}  # fmt: skip
+    assert "Macro recall" not in overall(results)
+    rows = [{**rows[0], "support": 2, "recall": 0.5}]
+    text = overall({**results, "per_class": with_recall_intervals(rows), **class_means(rows)})
+    assert "Macro recall" in text and "balanced accuracy" not in text  # that is of images with one class each
 
 
 def test_many_classes_are_shown_by_their_mistakes(digits, capsys, tmp_path):

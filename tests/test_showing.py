@@ -76,6 +76,7 @@ def test_bad_images_are_left_out_as_a_run_leaves_them_out(image_folder, tmp_path
     assert cli.main([*command, "--bad_images", "skip"]) == 0
     out = capsys.readouterr().out
     assert "1 of 16 training image(s) cannot be read and are left out." in out and "seen.png: 8 images" in out
+    assert cli.main(["show-parameters", "--train_dir", str(root), "--bad_images", "skip"]) == 0
     recipe, _ = parse_arguments(["--train_dir", str(root), "--bad_images", "skip"])
     assert len(readable_source(recipe).splits["train"]) == 13  # of 15, two are held out
     (root / "dog" / "1.png").write_bytes(b"")

@@ -49,9 +49,9 @@ def push_folder(
     not have stay. Where nothing differs there is no new commit, and the address is that of the newest one. Raises
     UserError; the repository then shows all of the push or nothing of it, for it is one commit.
     """
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = [CommitOperationAdd(name, changed.get(name, path)) for name, path in paths.items()]
     with _errors_in_one_line(repository), quiet_hub():
+        paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        files = [CommitOperationAdd(name, changed.get(name, path)) for name, path in paths.items()]
         # not upload_folder, which cuts an upload that takes long into several commits (huggingface_hub 2.4)
         return HfApi().create_commit(repository, files, commit_message=message, revision=revision).commit_url
 

@@ -58,7 +58,11 @@ def written_whole(folder: Path) -> Iterator[Path]:
     """A folder to write to, which then takes the place of `folder`: that appears whole or not at all."""
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:  # of a full disk it would take the last room
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)
 

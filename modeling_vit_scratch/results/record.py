@@ -78,8 +78,8 @@ def read_run(run_dir: str | Path) -> RunRecord:
 
 def _read_text(path: Path) -> str:
     if not path.is_file():
-        around = path.parent.parent  # of a model/ or a checkpoint
-        hint = f" Did you mean {str(around)!r}?" if (around / path.name).is_file() else ""
+        around = next((folder for folder in path.parents[1:3] if (folder / path.name).is_file()), None)
+        hint = "" if around is None else f" Did you mean {str(around)!r}?"  # of a model/ or a checkpoint
         raise UserError(
             f"No {path}: expected a finished run's folder, with recipe.json, metrics.jsonl and results.json.{hint}"
         )

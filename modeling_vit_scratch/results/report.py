@@ -127,6 +127,8 @@ def lead(run: RunRecord) -> str:
         sentence += f" at {run.recipe['model_revision']}"
     if run.recipe.get("teacher_name_or_path"):
         sentence += f", taught by {run.recipe['teacher_name_or_path']}"
+        if run.recipe.get("teacher_revision"):
+            sentence += f" at {run.recipe['teacher_revision']}"
     if results.get("num_parameters"):
         sentence += f", {results['num_parameters']:,} parameters"
     if results.get("steps"):

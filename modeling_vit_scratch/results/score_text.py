@@ -47,12 +47,17 @@ def present(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def class_means(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """precision_macro and recall_macro: means over the classes that have images, each class as much as any other.
+    """precision_macro and recall_macro: means over the classes that have images, each class as much as any other; none
+    where no class has any.
 
-    That of recall is the balanced accuracy, what accuracy would be with as many images of each class.
+    Of images with one class, that of recall is the balanced accuracy: accuracy with as many images of each class.
     """
     found = present(rows)
-    return {f"{name}_macro": sum(row[name] for row in found) / len(found) for name in ("precision", "recall")}
+    return {name: _mean(found, name.partition("_")[0]) for name in ("precision_macro", "recall_macro") if found}
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
 
 
 def overall(results: dict[str, Any]) -> str:
@@ -60,8 +65,8 @@ def overall(results: dict[str, Any]) -> str:
     rows, found = results["per_class"], present(results["per_class"])
     low, high = results["accuracy_interval"]
     comments = {"accuracy": f"95% interval {metric_text('accuracy', low)} to {metric_text('accuracy', high)} (Wilson)"}
-    if len(found) < len(rows):
-        mean = sum(row["f1"] for row in found) / len(found)
+    if 0 < len(found) < len(rows):
+        mean = _mean(found, "f1")
         comments["f1_macro"] = (
             f"over all {len(rows):,} classes of the model; {metric_text('f1_macro', mean)} over {count_of(found)} with "
             "images"
@@ -72,7 +77,9 @@ def overall(results: dict[str, Any]) -> str:
         if name in results
     ]
     mean = f"mean over {count_of(found)} with images"
-    for name, text in (("precision_macro", mean), ("recall_macro", f"{mean}: balanced accuracy")):
+    balanced = "" if results["is_multi_label"] else ": balanced accuracy"
+    texts = {"precision_macro": mean, "recall_macro": mean + balanced} if found else {}
+    for name, text in texts.items():
         lines.append([f"Macro {name.partition('_')[0]}", metric_text("accuracy", results[name]), text])
     if "calibration" in results:
         calibration = results["calibration"]

@@ -90,9 +90,11 @@ class Distillation:
             divergence = kl_div(*of_both, reduction="sum", log_target=True)
         return self.temperature**2 * divergence
 
-    def __str__(self) -> str:
+    def lines(self, finetune: str) -> list[str]:
+        """What a run that fine-tunes so says of it."""
         kind = "hard" if self.is_hard else f"soft at temperature {self.temperature:g}"
-        return f"taught by {self.teacher.told}: {kind}, {self.alpha:g} of the loss"
+        told = [f"taught by {self.teacher.told}: {kind}, {self.alpha:g} of the loss"]
+        return told + (["the teacher sees images: features are not computed once"] if finetune == "head" else [])
 
 
 # ---------------------------------------------------------------- of a run
@@ -126,8 +128,8 @@ def distillation_of(
         _try(name, network, own, dtype)
     except UserError as error:
         raise UserError(f"--teacher_name_or_path {error}") from error
-    if recipe.finetune == "head":
-        note += ", which sees images: features are not computed once"
+    if source.is_multi_label and config.problem_type is None:
+        note += ", taken to give each class a probability of its own, which none of its files says"
     size = sum(parameter.numel() for parameter in network.parameters())
     told = f"{name} ({type(network).__name__}, {size:,} parameters, {own.size[0]} x {own.size[1]} pixels{note})"
     if recipe.torch_compile:
@@ -149,8 +151,11 @@ def _try(name: str, network: torch.nn.Module, pixels: Pixels, dtype: torch.dtype
         logits = network(pixel_values=black.to(dtype).to(device)).logits
     except Exception as error:  # whatever the network's own code raises
         raise UserError(f"{name} does not take the images that its own files ask for: {said(error)}") from error
-    if logits.shape != (1, network.config.num_labels) or not logits.isfinite().all():
-        raise UserError(f"{name} answers a black image with {tuple(logits.shape)} numbers that are not all finite.")
+    wanted = (1, network.config.num_labels)
+    if logits.shape != wanted:
+        raise UserError(f"{name} gives {tuple(logits.shape)} numbers of an image, where its files promise {wanted}.")
+    if not logits.isfinite().all():
+        raise UserError(f"{name} answers a black image with numbers that are not all finite.")
 
 
 def _class_ids(name: str, config: PreTrainedConfig, class_names: list[str]) -> torch.Tensor | None:

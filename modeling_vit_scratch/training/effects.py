@@ -188,8 +188,8 @@ def check_recipe(recipe: Recipe, chosen: frozenset[str]):
         raise UserError("--hub_strategy every_save has no effect here: LoRA is merged into the network at the end.")
     if recipe.bce_loss and recipe.teacher_name_or_path is not None:
         raise UserError(
-            "--bce_loss does not go with a teacher, whose probabilities add up to 1; those of binary cross-entropy do "
-            "not. Leave it out."
+            "--bce_loss does not go with a teacher: what is learned of one is a choice among the classes, whose "
+            "probabilities add up to 1. Leave it out."
         )
     if recipe.balanced_sampler and recipe.class_weights is not None:
         raise UserError(

@@ -288,7 +288,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         guard.check(0.0, where_to_go_on)
         state.save()  # the number of steps is never measured again
     lines = [] if loading_report is None else [str(loading_report), str(finetuning)]
-    lines += [] if distillation is None else [str(distillation)]
+    lines += [] if distillation is None else distillation.lines(recipe.finetune)
     lines += resolution.stages(total_steps, model.config)
     save_every = epoch_steps if recipe.save_strategy == "epoch" else in_steps(recipe.save_steps, total_steps)
     scored_every = eval_every if "validation" in held else None
@@ -422,7 +422,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         finals = {name: latest if name == "validation" and latest is not None else final(name) for name in held}
     learned = {"num_parameters": num_parameters, "trainable_parameters": finetuning.num_trained, "baseline": baseline}
     learned["teacher"] = None if distillation is None else distillation.teacher.told
-    if finetuning.num_trained == num_parameters:
+    if finetuning.num_trained == num_parameters and distillation is None:  # else there is other work
         learned["train_pflop"] = resolution.pflop(model.config, position.step, total_steps, batch_size)
     results = {**collect_results(recipe, chosen, accelerator, source, state, finals, weights), **learned, **skipped}
     # under autocast the weights are float32 all along; DDP and compile leave `model` itself as it was

@@ -15,6 +15,7 @@ from ..results.model_folder import checkpoint_as_model
 from ..results.record import RunRecord, metric_label, metric_text, printable, read_run, scores
 from .flags import Parser, exit_code
 from .recipe import Recipe
+from .run_folder import PUSHED
 
 NEEDED = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
 
@@ -71,7 +72,7 @@ class PushedSaves:
     """
 
     def __init__(self, output_dir: Path, repository: str | None):
-        self.folder, self.repository = output_dir / ".pushing", repository
+        self.folder, self.repository = output_dir / PUSHED, repository
         self.thread: threading.Thread | None = None
 
     def push(self, checkpoint: Path, step: int, total_steps: int):
@@ -82,6 +83,7 @@ class PushedSaves:
         try:
             checkpoint_as_model(checkpoint, self.folder)
         except (OSError, SafetensorError) as error:  # a full disk: the checkpoint itself is whole
+            self._remove()
             print(f"\nnote: {message} was not pushed: {' '.join(str(error).split())}", flush=True)
             return
         # a daemon: a run that is stopped does not wait either, and a commit is made whole or not at all
@@ -93,11 +95,14 @@ class PushedSaves:
             push_folder(self.folder, repository, message, {})
         except UserError as error:
             print(f"\nnote: {message} was not pushed: {error}", flush=True)
+        self._remove()  # the next checkpoint may need the room
 
     def finish(self):
         """Waits for the push that is under way: the one of the end comes after it."""
         if self.thread is not None:
             self.thread.join()
+
+    def _remove(self):
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

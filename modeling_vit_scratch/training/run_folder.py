@@ -15,9 +15,10 @@ from .checkpointing import PARTIAL, checkpoints, damage, newest_whole, remove, s
 from .overrides import may_see_less, parse_overrides
 from .recipe import CONSTANT, COUNTED_LENGTHS, MAY_CHANGE_ON_RESUME, Recipe, full_size_step_of, with_defaults
 
+PUSHED = ".pushing"  # the copy of a checkpoint that is under way to the Hub
 OURS = (
     "recipe.json", "bad_images.json", "metrics.jsonl", "results.json", "report.html", "plots", "tensorboard",
-    "checkpoints", "model", "adapter",
+    "checkpoints", "model", "adapter", PUSHED,
 )  # fmt: skip
 
 MOST_DIFFERENCES = 5  # between two recipes that are named

@@ -150,7 +150,7 @@ def show_parameters(arguments: list[str]) -> int:
         _, rest = parser.parse_known_args(arguments)
         recipe, chosen = _checked(rest)
         set_seed(derived_seed(recipe.seed, "initialisation") % 2**32)
-        model, _, report = build_network(recipe, chosen, source_of(recipe))
+        model, _, report = build_network(recipe, chosen, readable_source(recipe))
         finetuning, head_scale = prepare_finetuning(model, recipe), head_rate_scale(recipe, report)
         groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.optim == "muon", head_scale)
         print(parameter_table(groups, recipe.learning_rate))

@@ -35,8 +35,19 @@ NOT_SWEPT = {
         ("image_column_name", "label_column_name", "train_val_split", "max_eval_samples", "streaming"), OTHER_IMAGES
     ),
     **dict.fromkeys(
-        ("logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to", "push_to_hub"), NOT_LEARNED
-    ),
+        (
+            "logging_steps",
+            "save_steps",
+            "save_strategy",
+            "save_total_limit",
+            "report_to",
+            "push_to_hub",
+            "hub_model_id",
+            "hub_private_repo",
+            "hub_strategy",
+        ),
+        NOT_LEARNED,
+    ),  # fmt: skip
 }
 
 

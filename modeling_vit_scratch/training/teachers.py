@@ -16,7 +16,7 @@ from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.listing import some
 from ..errors import UserError, quiet_hub
 from ..weights import load_pixel_facts, load_pretrained
-from ..weights.files import open_checkpoint
+from ..weights.files import FOLDER_WEIGHTS, open_checkpoint
 
 # B batch, C channels of the teacher, H and W its images' height and width
 
@@ -101,6 +101,8 @@ def _read_here(name: str, revision: str | None) -> tuple[torch.nn.Module, Pixels
 
 def _built_by_transformers(name: str, revision: str | None) -> tuple[torch.nn.Module, Pixels, str]:
     path = Path(name).expanduser()
+    if path.is_file() and path.name not in FOLDER_WEIGHTS:
+        raise UserError(f"{name}: of such a network, name the folder with its config.json and {FOLDER_WEIGHTS[0]}.")
     place = str(path.parent if path.is_file() else path) if path.exists() else name
     options: dict[str, Any] = {"trust_remote_code": False}
     safe = {}
