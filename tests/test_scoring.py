@@ -357,8 +357,10 @@ def test_damaged_weights_are_no_score(digits, save_model, capsys):
 def test_of_images_without_any_class_there_is_no_mean_over_classes():
     rows = [{"class": "cat", "precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}]
     assert class_means(rows) == {}
-    results = {"per_class": with_recall_intervals(rows), "accuracy": 1.0, "accuracy_interval": [0.5, 1.0], "f1_macro": 0.0,
-               "is_multi_label": True, **class_means(rows)}  # fmt: skip
+    results = {
+        "per_class": with_recall_intervals(rows), "accuracy": 1.0, "accuracy_interval": [0.5, 1.0], "f1_macro": 0.0,
+        "is_multi_label": True,
+    }  # fmt: skip
     assert "Macro recall" not in overall(results)
     rows = [{**rows[0], "support": 2, "recall": 0.5}]
     text = overall({**results, "per_class": with_recall_intervals(rows), **class_means(rows)})

@@ -22,6 +22,10 @@ LONGEST_NAME = 120  # letters of a run's folder; longer names are cut and end in
 TOGETHER = 'Fields that must change together share an axis: --grid "pooling:use_cls_token=cls:true,mean:false".'
 OTHER_IMAGES = "its runs would be validated on different images, and their scores could not be compared"
 NOT_LEARNED = "it changes what is written, not what is learned"
+WRITTEN = (
+    "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to", "push_to_hub", "hub_model_id",
+    "hub_private_repo", "hub_strategy",
+)  # fmt: skip
 NOT_SWEPT = {
     "recipe": "a sweep varies one recipe; name it with --recipe",
     "config": "a sweep varies one set of flags",
@@ -34,20 +38,7 @@ NOT_SWEPT = {
     **dict.fromkeys(
         ("image_column_name", "label_column_name", "train_val_split", "max_eval_samples", "streaming"), OTHER_IMAGES
     ),
-    **dict.fromkeys(
-        (
-            "logging_steps",
-            "save_steps",
-            "save_strategy",
-            "save_total_limit",
-            "report_to",
-            "push_to_hub",
-            "hub_model_id",
-            "hub_private_repo",
-            "hub_strategy",
-        ),
-        NOT_LEARNED,
-    ),  # fmt: skip
+    **dict.fromkeys(WRITTEN, NOT_LEARNED),
 }
 
 
