@@ -370,7 +370,7 @@ def digits_teacher(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_from_the_teacher_alone_a_student_learns_what_only_it_says(tmp_path, digits_teacher, kind):
     results = run(
-        tmp_path, "--max_steps", 250, "--teacher_name_or_path", digits_teacher, "--distillation_alpha", 1,
+        tmp_path, "--max_steps", 150, "--teacher_name_or_path", digits_teacher, "--distillation_alpha", 1,
         "--distillation_type", kind, "--config_overrides", "hidden_size=32,num_hidden_layers=2",
     )  # fmt: skip
     confused = np.array(results["confusion"]["test"])
