@@ -367,7 +367,7 @@ def digits_teacher(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["soft", "hard"])
+@pytest.mark.parametrize("kind", ["soft", pytest.param("hard", marks=pytest.mark.slow)])
 def test_from_the_teacher_alone_a_student_learns_what_only_it_says(tmp_path, digits_teacher, kind):
     results = run(
         tmp_path, "--max_steps", 150, "--teacher_name_or_path", digits_teacher, "--distillation_alpha", 1,
@@ -399,7 +399,7 @@ def test_a_teacher_goes_with_what_else_a_run_can_do(tmp_path, digits_teacher, ca
     assert results["teacher"].startswith(f"{digits_teacher} (ViTScratchForImageClassification, ")
 
 
-@pytest.mark.parametrize("kind", ["soft", "hard"])
+@pytest.mark.parametrize("kind", ["soft", pytest.param("hard", marks=pytest.mark.slow)])
 def test_of_several_labels_each_is_learned_from_the_teacher(tmp_path, colours, kind):
     flags = ["--train_dir", colours("train", 60), "--max_steps", 60, "--image_size", 8, "--preset", "digits"]
     teacher = run(tmp_path / "teacher", *flags)
