@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from markers import with_table
+from markers import is_written, with_table
 from recorded import RESULTS, ROOT, facts_of, write_json
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -174,9 +174,7 @@ def parts_of(record: Path) -> list[dict[str, Any]]:
 
 
 def main():
-    page = ROOT / "docs" / "articles.md"
-    if sys.argv[1:] == ["--write"]:
-        page.write_text(with_recorded(page.read_text(encoding="utf-8")), encoding="utf-8")
+    if is_written(ROOT / "docs" / "articles.md", with_recorded):
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     length = parser.add_mutually_exclusive_group(required=True)

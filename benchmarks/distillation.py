@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from markers import with_table
+from markers import is_written, with_table
 from recorded import ROOT, markdown_table, read_record, write_record
+from results_table import spread
 
 WAYS = {
     "labels": [],
@@ -47,10 +48,9 @@ def table(record: dict[str, Any]) -> str:
     for name in dict.fromkeys(row["way"] for row in record["runs"]):
         runs = [row for row in record["runs"] if row["way"] == name]
         scores = [100 * row["test_accuracy"] for row in runs]
-        spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
         learned = "labels alone" if name == "labels" else f"`{' '.join(WAYS[name])}`"
         seconds = statistics.mean(row["train_seconds"] for row in runs)
-        rows.append([learned, f"{statistics.mean(scores):.1f}{spread}", str(len(runs)), f"{seconds:,.0f}"])
+        rows.append([learned, spread(scores, 1), str(len(runs)), f"{seconds:,.0f}"])
     return markdown_table(["learned", "test accuracy, %", "seeds", "seconds of training"], rows)
 
 
@@ -60,9 +60,7 @@ def with_recorded(readme: str) -> str:
 
 
 def main():
-    if sys.argv[1:] == ["--write"]:
-        readme = ROOT / "README.md"
-        readme.write_text(with_recorded(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    if is_written(ROOT / "README.md", with_recorded):
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", help="a finished run's folder or another model")

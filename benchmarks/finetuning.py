@@ -20,8 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from markers import with_table
+from markers import is_written, with_table
 from recorded import ROOT, read_record, write_record
+from results_table import spread
 
 from modeling_vit_scratch import ViTScratchConfig
 from modeling_vit_scratch.configuration_vit_scratch import architecture_fields
@@ -79,12 +80,9 @@ def table(ways: dict[str, list[dict[str, Any]]]) -> str:
     lines = ["| | validation accuracy, % | seconds | steps | trained parameters |", "|---|---|---|---|---|"]
     for name, runs in ways.items():
         scores = [100 * row["validation_accuracy"] for row in runs]
-        spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
         seconds, steps = (statistics.mean(row[column] for row in runs) for column in ("seconds", "steps"))
         trained = runs[0]["trainable_parameters"]
-        lines.append(
-            f"| {name} | {statistics.mean(scores):.1f}{spread} | {seconds:,.0f} | {steps:,.0f} | {trained:,} |"
-        )
+        lines.append(f"| {name} | {spread(scores, 1)} | {seconds:,.0f} | {steps:,.0f} | {trained:,} |")
     return "\n".join(lines)
 
 
@@ -95,9 +93,7 @@ def with_recorded(readme: str) -> str:
 
 
 def main():
-    if sys.argv[1:] == ["--write"]:
-        readme = ROOT / "README.md"
-        readme.write_text(with_recorded(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    if is_written(ROOT / "README.md", with_recorded):
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="checkpoint of this package: a model folder")

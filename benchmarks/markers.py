@@ -1,6 +1,7 @@
 """Tables of recorded numbers in the README and in docs/: each stands between two comments that name its script."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,14 @@ def with_table(page: str, name: str, script: str, table: str) -> str:
         raise ValueError(f"The page needs {start} and {end}, each once.")
     before, rest = page.split(start)
     return f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}"
+
+
+def is_written(page: Path, with_its_tables: Callable[[str], str]) -> bool:
+    """Whether the command line is --write alone; the page then has its tables, and there is nothing to measure."""
+    if sys.argv[1:] != ["--write"]:
+        return False
+    page.write_text(with_its_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
+    return True
 
 
 def show_pages(description: str, pages: dict[Path, Callable[[str], str]]):

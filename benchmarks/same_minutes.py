@@ -23,6 +23,7 @@ from typing import Any
 from end_to_end import launched
 from markers import with_table
 from recorded import RESULTS, ROOT, markdown_table, write_record
+from results_table import spread
 from started_runs import working_folder
 from train_step import matrix_product_rate
 
@@ -69,10 +70,9 @@ def table(record: dict[str, Any]) -> str:
         if not runs:
             continue
         scores = [100 * row["test_accuracy"] for row in runs]
-        spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
         means = [statistics.mean(row[key] for row in runs) for key in ("steps", "train_seconds", "seconds")]
         rows.append([
-            text.format(rate=record["settings"]["learning_rate"]), f"{statistics.mean(scores):.2f}{spread}",
+            text.format(rate=record["settings"]["learning_rate"]), spread(scores, 2),
             ", ".join(str(row["seed"]) for row in runs), *(f"{mean:,.0f}" for mean in means),
             f"{statistics.mean(rate for row in runs for rate in row['matrix_product_rates']) / 1e9:,.0f}",
         ])  # fmt: skip

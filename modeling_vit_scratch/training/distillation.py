@@ -11,18 +11,17 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, log_softmax
+from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedConfig
 
 from ..data.listing import some
 from ..data.splits import Source
 from ..errors import UserError
+from .objectives import objective_kind
 from .recipe import Recipe
 from .teachers import Pixels, View, open_teacher, said
 
 # B batch, K labels
-
-MULTI_LABEL, SINGLE_LABEL = "multi_label_classification", "single_label_classification"
 
 
 @dataclass(frozen=True)
@@ -74,17 +73,13 @@ class Distillation:
         One class an image: the Kullback-Leibler divergence from the teacher, or hard, cross-entropy. Several: the same
         of each class's Bernoulli distribution, a mean over the classes.
         """
+        labels = objective_kind(self.is_multi_label)(logits.shape[1])
         if self.is_hard:
-            if self.is_multi_label:
-                taken = (answers > 0).to(logits.dtype)
-                return binary_cross_entropy_with_logits(logits, taken, reduction="sum") / logits.shape[1]
-            return cross_entropy(logits, answers.argmax(dim=1), reduction="sum")
+            return labels.loss_sum(logits, answers > 0 if self.is_multi_label else answers.argmax(dim=1))
         logits, answers = logits / self.temperature, answers / self.temperature
-        if self.is_multi_label:
+        if self.is_multi_label:  # cross-entropy less the teacher's own entropy
             shares = answers.sigmoid()
-            crossed = binary_cross_entropy_with_logits(logits, shares, reduction="sum")
-            entropy = binary_cross_entropy_with_logits(answers, shares, reduction="sum")
-            divergence = (crossed - entropy) / logits.shape[1]
+            divergence = labels.loss_sum(logits, shares) - labels.loss_sum(answers, shares)
         else:
             of_both = (log_softmax(logits, dim=1), log_softmax(answers, dim=1))
             divergence = kl_div(*of_both, reduction="sum", log_target=True)
@@ -120,7 +115,7 @@ def distillation_of(
         config, num_channels = network.config, len(own.offset)
         if len(pixels[0]) not in (1, num_channels):
             raise UserError(f"{name} takes {num_channels} channel(s), the images have {len(pixels[0])}.")
-        kind = MULTI_LABEL if source.is_multi_label else SINGLE_LABEL
+        kind = objective_kind(source.is_multi_label).problem_type
         if config.problem_type not in (None, kind):
             raise UserError(f"{name} is for {config.problem_type}, these images for {kind}.")
         ids = _class_ids(name, config, source.class_names)

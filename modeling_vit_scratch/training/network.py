@@ -16,6 +16,7 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor, ViTScratchI
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..weights import LoadingReport, load_pixel_facts, load_pretrained
 from ..weights.pixels import SMALL, cropped, squashed
+from .objectives import objective_kind
 from .overrides import checkpoint_overrides, parse_overrides
 from .recipe import Recipe
 from .specimen import make_specimen
@@ -66,7 +67,7 @@ def build_network(
     native = shared_size if shared_size is not None and max(shared_size) <= SMALL else None
     if recipe.specimen is not None and recipe.model_name_or_path is not None:
         raise UserError("--specimen has no effect here: the checkpoint decides the network.")
-    problem_type = "multi_label_classification" if source.is_multi_label else "single_label_classification"
+    problem_type = objective_kind(source.is_multi_label).problem_type
     report = None
     try:
         if recipe.model_name_or_path is not None:

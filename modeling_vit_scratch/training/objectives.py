@@ -122,6 +122,11 @@ class MultiLabel:
 Objective = SingleLabel | MultiLabel
 
 
+def objective_kind(is_multi_label: bool) -> type[Objective]:
+    """What is learned of images that have one class each, or any number of them."""
+    return MultiLabel if is_multi_label else SingleLabel
+
+
 # ---------------------------------------------------------------- of a run
 
 

@@ -30,7 +30,7 @@ from .command_flags import add_pixel_flags, add_trainers_flags, open_model_of, t
 from .evaluation import evaluate
 from .flags import Parser, exit_code
 from .machine import agree, commit, first_on_each_node, hardware, num_decoding_workers, start_accelerator, versions
-from .objectives import MultiLabel, SingleLabel
+from .objectives import objective_kind
 from .recipe import Recipe
 from .run_folder import write_json
 
@@ -193,7 +193,7 @@ def score(
         num_workers = 0
     num_workers = num_decoding_workers(decoder, device, num_workers)
     model.to(device)
-    objective = (MultiLabel if source.is_multi_label else SingleLabel)(len(source.class_names))
+    objective = objective_kind(source.is_multi_label)(len(source.class_names))
     started = time.perf_counter()
     data = EvaluationData(
         source, source.splits[split], decoder, batch_size, accelerator.process_index, accelerator.num_processes,

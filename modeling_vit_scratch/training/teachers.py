@@ -1,7 +1,6 @@
 """Trained classifiers that teach another network: any that transformers can build, and what they see of its images."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +120,10 @@ def _built_by_transformers(name: str, revision: str | None) -> tuple[torch.nn.Mo
     try:
         with quiet_hub():
             trained = getattr(network.config, "pretrained_cfg", None)  # of timm's networks, in their config.json
-            from_files = partial(AutoImageProcessor.from_pretrained, place, **options)
-            processor = from_files() if not trained else TimmWrapperImageProcessor(pretrained_cfg=trained)
+            if trained:
+                processor = TimmWrapperImageProcessor(pretrained_cfg=trained)
+            else:
+                processor = AutoImageProcessor.from_pretrained(place, **options)
     except Exception as error:
         raise UserError(f"{name} has no image processor: nothing says how its images look: {said(error)}") from error
     try:
