@@ -1,11 +1,13 @@
-"""What a CPU does otherwise than PyTorch would: float32 products by the faster library, and an MLP that keeps less.
+"""What a CPU does otherwise than PyTorch would: float32 products by the faster library, attention in bf16 as products,
+and an MLP that keeps less.
 
-Both give autograd's derivatives, twice too, and torch.func's grad and vmap. This file travels to the Hub beside a
+All give autograd's derivatives, twice too, and torch.func's grad and vmap. This file travels to the Hub beside a
 checkpoint. What was measured is in benchmarks/NOTES.md.
 """
 
 import functools
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,6 +16,8 @@ from torch.autograd import forward_ad
 from torch.nn.grad import conv2d_weight
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import GELUActivation
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 # ---------------------------------------------------------------- products
 
@@ -151,6 +155,38 @@ def linear(states: torch.Tensor, module: nn.Linear) -> torch.Tensor:
     return module(states)
 
 
+# ---------------------------------------------------------------- attention
+
+
+def product_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, None]:
+    """The same as two batched products, in the precision of its input; softmax sums in float32. No mask, no dropout.
+
+    query, key, value (B, A, N, F) -> output (B, N, A, F).
+    """
+    batch_size, num_heads, num_queries, head_dim = query.shape
+    with torch.autocast(query.device.type, enabled=False):  # which would turn softmax to float32
+        query, key, value = (states.flatten(0, 1) for states in (query, key, value))
+        scores = torch.baddbmm(query.new_zeros(1), query, key.transpose(1, 2), beta=0, alpha=scaling)  # (B*A, N, N)
+        output = torch.bmm(scores.softmax(dim=-1), value)  # (B*A, N, F)
+    return output.view(batch_size, num_heads, num_queries, head_dim).transpose(1, 2), None
+
+
+def is_faster_as_products(
+    query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float
+) -> bool:
+    """Whether two products beat PyTorch's fused attention (B, A, N, F): see benchmarks/attention.py for the table."""
+    is_plain = attention_mask is None and dropout == 0.0
+    return is_plain and query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= 1025
+
+
 # ---------------------------------------------------------------- the MLP
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -198,3 +234,10 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is exactly of its kind: no hook of it and no other library's forward would miss its call."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is kind and "forward" not in vars(module) and not any(hooks)
+
+
+def are_untouched(modules: Iterable[nn.Module]) -> bool:
+    """Whether nobody looks on at any of them, by a hook or by a forward of another library."""
+    if not torch.compiler.is_compiling() and _has_any_global_hook():
+        return False
+    return all(is_untouched(module, type(module)) for module in modules)

@@ -29,7 +29,14 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vit_scratch import ViTScratchConfig
-from .functions_vit_scratch import activated_linear, has_autocast, linear
+from .functions_vit_scratch import (
+    activated_linear,
+    are_untouched,
+    has_autocast,
+    is_faster_as_products,
+    linear,
+    product_attention_forward,
+)
 
 # ---------------------------------------------------------------- equation 1: patches, tokens, positions
 
@@ -260,33 +267,6 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights  # (B, N, A, F)
 
 
-def product_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, None]:
-    """The same as two batched products, in the precision of its input; softmax sums in float32. No mask, no dropout.
-
-    query, key, value (B, A, N, F) -> output (B, N, A, F).
-    """
-    batch_size, num_heads, num_tokens, head_dim = query.shape
-    with torch.autocast(query.device.type, enabled=False):  # which would turn softmax to float32
-        query, key, value = (states.reshape(-1, num_tokens, head_dim) for states in (query, key, value))
-        scores = torch.baddbmm(query.new_zeros(1), query, key.transpose(1, 2), beta=0, alpha=scaling)  # (B*A, N, N)
-        output = torch.bmm(scores.softmax(dim=-1), value)  # (B*A, N, F)
-    return output.view(batch_size, num_heads, num_tokens, head_dim).transpose(1, 2), None
-
-
-def is_faster_as_products(query: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float) -> bool:
-    """Whether two products beat PyTorch's fused attention (B, A, N, F): see benchmarks/attention.py for the table."""
-    is_plain = attention_mask is None and dropout == 0.0
-    return is_plain and query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] <= 1025
-
-
 def rotate(states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Turns each pair (i, i + F/2) of the channels of (B, A, N, F) by its token's angle; tables: rope2d_tables."""
     cos, sin = (table.to(states.dtype) for table in tables)
@@ -295,7 +275,10 @@ def rotate(states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> t
 
 
 class ViTScratchAttention(nn.Module):
-    """MSA of equation 2. hidden_states (B, N, D) -> (B, N, D) and the weights (B, A, N, N), or None but for "eager"."""
+    """MSA of equation 2. hidden_states (B, N, D) -> (B, N, D) and the weights (B, A, N, N), or None but for "eager".
+
+    With num_queries, the first tokens alone ask, all others only answer: (B, num_queries, D).
+    """
 
     def __init__(self, config: ViTScratchConfig):
         super().__init__()
@@ -318,28 +301,29 @@ class ViTScratchAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         rotary_tables: tuple[torch.Tensor, torch.Tensor] | None = None,
+        num_queries: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch_size, num_tokens, _ = hidden_states.shape
         device = hidden_states.device.type
         if has_autocast(device) and torch.is_autocast_enabled(device):
             # one cast, where the three products would each have their own
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
-        heads = (batch_size, num_tokens, -1, self.head_dim)
-        query = self.q_norm(linear(hidden_states, self.q_proj).view(heads)).transpose(1, 2)  # (B, A, N, F)
-        key = self.k_norm(linear(hidden_states, self.k_proj).view(heads)).transpose(1, 2)  # (B, A, N, F)
-        value = linear(hidden_states, self.v_proj).view(heads).transpose(1, 2)  # (B, A, N, F)
+        asking, heads = hidden_states[:, :num_queries], (-1, self.head_dim)
+        query = self.q_norm(linear(asking, self.q_proj).unflatten(2, heads)).transpose(1, 2)  # (B, A, N, F)
+        key = self.k_norm(linear(hidden_states, self.k_proj).unflatten(2, heads)).transpose(1, 2)  # (B, A, N, F)
+        value = linear(hidden_states, self.v_proj).unflatten(2, heads).transpose(1, 2)  # (B, A, N, F)
         if rotary_tables is not None:
-            query, key = rotate(query, rotary_tables), rotate(key, rotary_tables)
+            query = rotate(query, tuple(table[..., :num_queries, :] for table in rotary_tables))
+            key = rotate(key, rotary_tables)
         dropout = self.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        if implementation == "sdpa" and is_faster_as_products(query, attention_mask, dropout):
+        if implementation == "sdpa" and is_faster_as_products(query, key, attention_mask, dropout):
             attention = product_attention_forward
         output, weights = attention(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return linear(output.reshape(batch_size, num_tokens, -1), self.o_proj), weights
+        return linear(output.flatten(2), self.o_proj), weights
 
 
 # ---------------------------------------------------------------- equation 3: the MLP
@@ -397,7 +381,10 @@ class ViTScratchDropPath(nn.Module):
 
 
 class ViTScratchLayer(GradientCheckpointingLayer):
-    """One encoder layer, equations 2 and 3. (B, N, D) -> (B, N, D). With pre_norm=False, the layer of 1706.03762."""
+    """One encoder layer, equations 2 and 3. (B, N, D) -> (B, N, D). With pre_norm=False, the layer of 1706.03762.
+
+    With num_queries, the first tokens alone go on, all are attended to: (B, N, D) -> (B, num_queries, D).
+    """
 
     def __init__(self, config: ViTScratchConfig, layer_index: int):
         super().__init__()
@@ -418,11 +405,13 @@ class ViTScratchLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         rotary_tables: tuple[torch.Tensor, torch.Tensor] | None = None,
+        num_queries: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attended = self.layernorm_before(hidden_states) if self.pre_norm else hidden_states
-        attended, _ = self.attention(attended, attention_mask, rotary_tables, **kwargs)
-        hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))  # equation 2
+        attended, _ = self.attention(attended, attention_mask, rotary_tables, num_queries, **kwargs)
+        attended = self.drop_path(self.layer_scale1(self.dropout(attended)))
+        hidden_states = hidden_states[:, :num_queries] + attended  # equation 2
         if not self.pre_norm:
             hidden_states = self.layernorm_before(hidden_states)
         transformed = self.mlp(self.layernorm_after(hidden_states) if self.pre_norm else hidden_states)
@@ -555,6 +544,7 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         interpolate_pos_encoding: bool | None = None,
         attention_mask: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encodes images.
@@ -562,7 +552,8 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         pixel_values: (B, C, H, W), normalised as the image processor does. interpolate_pos_encoding: True admits
         another image size than the configuration's. attention_mask: (B, N) of all tokens, 1 for those to attend to;
         it hides tokens from each other, not from mean pooling. noise: (B, patches), those with the least of it stay
-        in training with patch_drop_rate, as in ViTMAE; else it is drawn. Raises ValueError for a shape that cannot be.
+        in training with patch_drop_rate, as in ViTMAE; else it is drawn. pooled_only: last_hidden_state may be None, so
+        that the last layer computes what the pooled vector needs. Raises ValueError for a shape that cannot be.
         """
         if pixel_values is None or pixel_values.ndim != 4:
             shape = None if pixel_values is None else tuple(pixel_values.shape)
@@ -585,8 +576,10 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
             attention_mask = create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
             )
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, rotary_tables, **kwargs)
+        by_class_token = pooled_only and attention_mask is None and self.pools_class_token_alone()
+        for index, layer in enumerate(self.layers, start=1):
+            num_queries = 1 if by_class_token and index == len(self.layers) else None
+            hidden_states = layer(hidden_states, attention_mask, rotary_tables, num_queries, **kwargs)
 
         if self.config.final_norm == "before_pooling":
             hidden_states = self.layernorm(hidden_states)
@@ -596,7 +589,13 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
             pooled = hidden_states[:, self.config.num_prefix_tokens :].mean(dim=1)  # (B, D)
         if self.config.final_norm == "after_pooling":
             pooled = self.layernorm(pooled)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+        return BaseModelOutputWithPooling(None if by_class_token else hidden_states, pooled)
+
+    def pools_class_token_alone(self) -> bool:
+        """Whether all that is read of the last layer is its class token: where nobody looks on, by a hook or so."""
+        seen = (self, self.layernorm, *self.layers[-1].modules())
+        is_known = self.config._attn_implementation in ("eager", "sdpa")
+        return self.config.pooling == "cls" and is_known and are_untouched(seen)
 
 
 def image_classification_loss(
@@ -688,7 +687,7 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
 
         pixel_values, interpolate_pos_encoding, attention_mask, noise: as ViTScratchModel's.
         """
-        outputs = self.vit(pixel_values, interpolate_pos_encoding, attention_mask, noise, **kwargs)
+        outputs = self.vit(pixel_values, interpolate_pos_encoding, attention_mask, noise, pooled_only=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)  # (B, K)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(

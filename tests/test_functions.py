@@ -3,7 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_vit import build, images
+from small_vit import build as build_any
+from small_vit import images
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
@@ -16,6 +17,11 @@ from modeling_vit_scratch.functions_vit_scratch import LinearFunction, computes_
 LABELS = torch.tensor([0, 1, 2])
 PRECISIONS = pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 pytestmark = pytest.mark.usefixtures("library")
+
+
+def build(**fields) -> nn.Module:
+    """Mean pooling reads all tokens of the last layer, whether somebody looks on or not."""
+    return build_any(**{"pooling": "mean", **fields})
 
 
 def in_float64(*shapes: tuple[int, ...]) -> list[torch.Tensor]:

@@ -140,7 +140,7 @@ def test_every_kind_of_positions_works_with_every_prefix(position_embedding_type
 
 def test_no_labels_leave_the_pooled_vector():
     model = build(num_labels=0)
-    assert torch.equal(model(images()).logits, model.vit(images()).pooler_output)
+    assert torch.equal(model(images()).logits, model.vit(images(), pooled_only=True).pooler_output)
 
 
 @pytest.mark.parametrize(
