@@ -3,7 +3,8 @@
 python benchmarks/train_step.py --shapes nano,micro,d192,vit_ti_16,vit_s_16 --rounds 11
     --output benchmarks/results/train-step-cpu.json
 python benchmarks/train_step.py --shapes nano,micro,d192,vit_ti_16,vit_s_16 --rounds 11
-    --output benchmarks/results/train-step-amx-cpu.json                                   on a processor with AMX
+    --output benchmarks/results/train-step-zen5-cpu.json                                  on AMD's Zen 5
+    ... --output benchmarks/results/train-step-amx-cpu.json                               on a processor with AMX
 python benchmarks/train_step.py --precisions no --shapes micro,d192,vit_ti_16 --rounds 15
     --output benchmarks/results/train-step-avx2-cpu.json                                  without units for bf16
 python benchmarks/end_to_end.py datasets/cifar10 --output benchmarks/results/end-to-end-cpu.json
@@ -58,6 +59,7 @@ def with_tables(page: str) -> str:
     """docs/speed.md with its tables between their markers."""
     tables = {
         "train step": lambda: step_table("train-step"),
+        "train step on Zen 5": lambda: step_table("train-step-zen5"),
         "train step with AMX": lambda: step_table("train-step-amx"),
         "train step without bf16": lambda: step_table("train-step-avx2"),
         "end to end": lambda: end_to_end.table(read("end-to-end")["rows"]),

@@ -151,7 +151,8 @@ def compute_features(
         batch = batch.to(device)
         views = [batch.images, batch.images.flip(-1)][:num_views]
         with accelerator.autocast():
-            pooled = [model.vit(normalise(view, *pixels, model.dtype)).pooler_output for view in views]
+            views = (normalise(view, *pixels, model.dtype) for view in views)
+            pooled = [model.vit(view, pooled_only=True).pooler_output for view in views]
         parts.append([batch.positions.to(device), torch.stack(pooled, dim=1).to(model.dtype), batch.labels])
     columns = in_sample_order(accelerator, [torch.cat(column) for column in zip(*parts, strict=True)])
     samples, features, labels = columns
