@@ -7,7 +7,7 @@ python benchmarks/attention.py --device cuda
 
 Forward and backward of attention alone, from queries, keys and values as the network has them (transposed views of
 (B, N, A, F)) to the tokens' outputs. Candidates take turns; milliseconds are medians of the rounds.
-`sdpa`, the default, takes "products" where this table says so (is_faster_as_products in modeling_vit_scratch.py).
+`sdpa`, the default, takes "products" where this table says so (is_faster_as_products in functions_vit_scratch.py).
 """
 
 import argparse
@@ -23,7 +23,8 @@ from torch import nn
 from train_step import PRECISION_NAMES, PRECISIONS, seconds
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling_vit_scratch.modeling_vit_scratch import eager_attention_forward, product_attention_forward
+from modeling_vit_scratch.functions_vit_scratch import product_attention_forward
+from modeling_vit_scratch.modeling_vit_scratch import eager_attention_forward
 from modeling_vit_scratch.training.machine import keep_freed_memory
 
 CASES = {16: 256, 65: 128, 197: 16, 257: 16, 577: 4, 1025: 2}  # tokens: images, so that each takes a moment

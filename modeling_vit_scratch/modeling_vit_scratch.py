@@ -405,13 +405,12 @@ class ViTScratchLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         rotary_tables: tuple[torch.Tensor, torch.Tensor] | None = None,
-        num_queries: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attended = self.layernorm_before(hidden_states) if self.pre_norm else hidden_states
-        attended, _ = self.attention(attended, attention_mask, rotary_tables, num_queries, **kwargs)
-        attended = self.drop_path(self.layer_scale1(self.dropout(attended)))
-        hidden_states = hidden_states[:, :num_queries] + attended  # equation 2
+        attended, _ = self.attention(attended, attention_mask, rotary_tables, **kwargs)
+        hidden_states = hidden_states[:, : kwargs.get("num_queries")]
+        hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))  # equation 2
         if not self.pre_norm:
             hidden_states = self.layernorm_before(hidden_states)
         transformed = self.mlp(self.layernorm_after(hidden_states) if self.pre_norm else hidden_states)
@@ -578,8 +577,9 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
             )
         by_class_token = pooled_only and attention_mask is None and self.pools_class_token_alone()
         for index, layer in enumerate(self.layers, start=1):
-            num_queries = 1 if by_class_token and index == len(self.layers) else None
-            hidden_states = layer(hidden_states, attention_mask, rotary_tables, num_queries, **kwargs)
+            if by_class_token and index == len(self.layers):
+                kwargs["num_queries"] = 1
+            hidden_states = layer(hidden_states, attention_mask, rotary_tables, **kwargs)
 
         if self.config.final_norm == "before_pooling":
             hidden_states = self.layernorm(hidden_states)
@@ -593,9 +593,10 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
 
     def pools_class_token_alone(self) -> bool:
         """Whether all that is read of the last layer is its class token: where nobody looks on, by a hook or so."""
-        seen = (self, self.layernorm, *self.layers[-1].modules())
-        is_known = self.config._attn_implementation in ("eager", "sdpa")
-        return self.config.pooling == "cls" and is_known and are_untouched(seen)
+        last = self.layers[-1]
+        is_ours = type(last) is ViTScratchLayer and type(last.attention) is ViTScratchAttention
+        is_known = is_ours and self.config._attn_implementation in ("eager", "sdpa")
+        return is_known and self.config.pooling == "cls" and are_untouched((self, self.layernorm, *last.modules()))
 
 
 def image_classification_loss(

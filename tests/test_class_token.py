@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from modeling_vit_scratch import ViTScratchModel
+from modeling_vit_scratch.modeling_vit_scratch import ViTScratchAttention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -106,6 +107,22 @@ def test_a_forward_of_another_library_sees_all_tokens():
     mlp.forward = lambda states: seen.append(tuple(states.shape)) or inner(states)  # as accelerate's hooks do it
     model(images())
     assert seen == [(3, 17, 32)]
+
+
+class OwnAttention(ViTScratchAttention):
+    """As somebody wrote it who knows of no queries but all tokens'."""
+
+    def forward(self, hidden_states, attention_mask=None, rotary_tables=None):
+        return super().forward(hidden_states, attention_mask, rotary_tables)
+
+
+def test_an_attention_of_ones_own_is_called_with_all_tokens():
+    model = build()
+    expected = model(images()).logits
+    for layer in model.vit.layers:
+        layer.attention.__class__ = OwnAttention
+    assert not model.vit.pools_class_token_alone()
+    torch.testing.assert_close(model(images()).logits, expected)
 
 
 def test_recorded_states_and_weights_are_those_of_all_tokens():

@@ -92,7 +92,8 @@ def test_a_stranger_without_the_package_gets_equal_logits(published, tmp_path, s
     with torch.no_grad():
         logits = model(**processor(image, return_tensors="pt")).logits
     assert told["model_type"] == "vit_scratch" and told["missing"] == []
-    assert torch.equal(torch.tensor(told["logits"]["torchvision"]), logits)
+    # to rounding: a single class token's products add in an order that depends on where the weights lie in memory
+    torch.testing.assert_close(torch.tensor(told["logits"]["torchvision"]), logits, rtol=1e-5, atol=1e-6)
     assert told["kinds"] == {"torchvision": "ViTScratchImageProcessor", "pil": "ViTScratchImageProcessorPil"}
     assert told["pipeline"][0]["label"] == ["cat", "dog", "newt"][logits.argmax()]
     assert told["pipeline"][0]["score"] == pytest.approx(logits.softmax(1).max().item(), abs=1e-6)

@@ -13,7 +13,7 @@ from modeling_vit_scratch import (
     ViTScratchModel,
     modeling_vit_scratch,
 )
-from modeling_vit_scratch.modeling_vit_scratch import product_attention_forward
+from modeling_vit_scratch.functions_vit_scratch import product_attention_forward
 
 # A different prime for every axis, so that two that are mixed up do not fit: patches overlap, nothing is square.
 B, C, (H, W), (PH, PW), (SH, SW) = 3, 2, (23, 57), (5, 7), (3, 5)
