@@ -2,6 +2,7 @@
 
 import csv
 import os
+import time
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,7 +13,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from hub_stand_in import HubStandIn
+from huggingface_hub import constants, hf_api
 from PIL import Image
+from transformers.utils import hub as transformers_hub
 
 from modeling_vit_scratch import functions_vit_scratch
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchLayer
@@ -43,6 +47,23 @@ def library(request, monkeypatch) -> str:
     monkeypatch.setattr(functions_vit_scratch, "is_faster_by_onednn", lambda: request.param == "oneDNN")
     monkeypatch.setattr(functions_vit_scratch, "SMALLEST_PRODUCT", 1)
     return request.param
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub that this process talks to, logged in as `me`."""
+    with HubStandIn() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # the client's own, made when it was imported
+        if hasattr(transformers_hub, "hf_api"):  # transformers 5.23 keeps one too, 5.17 does not
+            monkeypatch.setattr(transformers_hub, "hf_api", lambda: hf_api.api)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's waits between its own tries
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("HF_TOKEN", hub.token("me"))
+        yield hub
 
 
 @pytest.fixture
