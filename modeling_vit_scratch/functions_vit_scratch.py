@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.grad import conv2d_weight
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.activations import GELUActivation
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -26,6 +27,14 @@ from transformers.utils import TransformersKwargs
 def has_autocast(device_type: str) -> bool:
     """Whether autocast serves such devices: a constant, for torch 2.11's compiler cannot trace the question."""
     return torch.amp.is_autocast_available(device_type)
+
+
+def in_autocast_dtype(states: torch.Tensor) -> torch.Tensor:
+    """states in the precision that autocast gives a product's, where there is autocast."""
+    device = states.device.type
+    if has_autocast(device) and torch.is_autocast_enabled(device):
+        return states.to(torch.get_autocast_dtype(device))
+    return states
 
 
 SMALLEST_PRODUCT = 2**21  # multiplications, below which oneDNN's start takes longer than it saves
@@ -185,6 +194,40 @@ def is_faster_as_products(
     """Whether two products beat PyTorch's fused attention (B, A, N, F): see benchmarks/attention.py for the table."""
     is_plain = attention_mask is None and dropout == 0.0
     return is_plain and query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= 1025
+
+
+def single_query_attention(
+    query: torch.Tensor, states: torch.Tensor, k_proj: nn.Linear, v_proj: nn.Linear, scaling: float
+) -> torch.Tensor:
+    """The same of one query, (B, A, 1, F), on states (B, N, D), without a key or a value: (B, 1, A*F).
+
+    q (W_k x + b_k) = (q W_k) x + q b_k, and sum_n p_n (W_v x_n + b_v) = W_v (sum_n p_n x_n) + b_v, as weights p sum to
+    one: a product with W_k and one with W_v for each image, where keys and values need them for each token.
+    """
+    query = query[:, :, 0].transpose(0, 1)  # (A, B, F)
+    heads = (query.shape[0], -1)
+    asked = torch.bmm(query * scaling, k_proj.weight.unflatten(0, heads))  # (A, B, D)
+    scores = torch.bmm(asked.transpose(0, 1), states.transpose(1, 2))  # (B, A, N)
+    if k_proj.bias is not None:  # the same for all tokens, which no softmax sees: its gradient is zero, but there
+        scores = scores + (query * scaling * k_proj.bias.unflatten(0, heads)[:, None]).sum(dim=2).t()[:, :, None]
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(states.dtype)
+    mixed = torch.bmm(weights, states).transpose(0, 1)  # (A, B, D)
+    output = torch.bmm(mixed, v_proj.weight.unflatten(0, heads).transpose(1, 2))  # (A, B, F)
+    if v_proj.bias is not None:
+        output = output + v_proj.bias.unflatten(0, heads)[:, None]
+    return output.transpose(0, 1).flatten(1)[:, None]
+
+
+def needs_no_keys(k_proj: nn.Module, k_norm: nn.Module, v_proj: nn.Module) -> bool:
+    """Whether keys and values are products with a matrix and nothing else, so that single_query_attention is exact."""
+    are_plain = is_untouched(k_norm, nn.Identity) and all(is_untouched(part, nn.Linear) for part in (k_proj, v_proj))
+    is_array = is_whole_when_traced if torch.compiler.is_compiling() else is_dense
+    return are_plain and is_array(k_proj.weight) and is_array(v_proj.weight)
+
+
+def is_whole_when_traced(tensor: torch.Tensor) -> bool:
+    """is_dense for compilers and exporters, where an array of numbers may be a fake one, of another type."""
+    return tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)
 
 
 # ---------------------------------------------------------------- the MLP

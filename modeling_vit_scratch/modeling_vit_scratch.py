@@ -32,10 +32,12 @@ from .configuration_vit_scratch import ViTScratchConfig
 from .functions_vit_scratch import (
     activated_linear,
     are_untouched,
-    has_autocast,
+    in_autocast_dtype,
     is_faster_as_products,
     linear,
+    needs_no_keys,
     product_attention_forward,
+    single_query_attention,
 )
 
 # ---------------------------------------------------------------- equation 1: patches, tokens, positions
@@ -121,10 +123,7 @@ def rope2d_tables(
 
 
 def interpolate_position_embeddings(
-    position_embeddings: torch.Tensor,
-    old_grid: tuple[int, int],
-    new_grid: tuple[int, int],
-    antialias: bool = False,
+    position_embeddings: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool = False
 ) -> torch.Tensor:
     """Resamples learned positions (1, prefix + Gh*Gw, D) to another grid; prefix positions stay as they are.
 
@@ -304,19 +303,19 @@ class ViTScratchAttention(nn.Module):
         num_queries: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        device = hidden_states.device.type
-        if has_autocast(device) and torch.is_autocast_enabled(device):
-            # one cast, where the three products would each have their own
-            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
+        hidden_states = in_autocast_dtype(hidden_states)  # one cast, where the three products would each have their own
         asking, heads = hidden_states[:, :num_queries], (-1, self.head_dim)
         query = self.q_norm(linear(asking, self.q_proj).unflatten(2, heads)).transpose(1, 2)  # (B, A, N, F)
+        dropout, implementation = self.attention_dropout if self.training else 0.0, self.config._attn_implementation
+        is_plain = implementation == "sdpa" and attention_mask is None and rotary_tables is None and dropout == 0.0
+        if num_queries == 1 and is_plain and needs_no_keys(self.k_proj, self.k_norm, self.v_proj):
+            output = single_query_attention(query, hidden_states, self.k_proj, self.v_proj, self.scaling)
+            return linear(output, self.o_proj), None
         key = self.k_norm(linear(hidden_states, self.k_proj).unflatten(2, heads)).transpose(1, 2)  # (B, A, N, F)
         value = linear(hidden_states, self.v_proj).unflatten(2, heads).transpose(1, 2)  # (B, A, N, F)
         if rotary_tables is not None:
             query = rotate(query, tuple(table[..., :num_queries, :] for table in rotary_tables))
             key = rotate(key, rotary_tables)
-        dropout = self.attention_dropout if self.training else 0.0
-        implementation = self.config._attn_implementation
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if implementation == "sdpa" and is_faster_as_products(query, key, attention_mask, dropout):
             attention = product_attention_forward

@@ -66,6 +66,83 @@ def test_products_are_those_of_the_paper_but_for_what_no_class_token_needs(layer
     assert flops(build(num_hidden_layers=layers, attn_implementation="eager")) == expected
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_single_query_needs_a_product_with_each_matrix_for_each_image_alone(layers, heads):
+    """No token has a key or a value: W_k turns the query of each head, W_v the mean of the tokens that it weighs."""
+    tokens, width, mlp = 17, 32, 48
+    patches, classifier = 2 * 16 * width * 3 * 8 * 8, 2 * width * 5
+    layer = 2 * tokens * (4 * width * width + 2 * tokens * width + 2 * width * mlp)
+    last = 2 * (4 * width * width + 2 * heads * tokens * width + 2 * width * mlp)
+    model = build(num_hidden_layers=layers, num_attention_heads=heads, attn_implementation="sdpa").bfloat16()
+    with torch.no_grad(), MadeProducts() as made:  # in bf16 attention is two products, which are counted
+        model(images().bfloat16())
+    assert made.flops == 3 * (patches + (layers - 1) * layer + last + classifier)
+
+
+WITH_KEYS = {
+    "a table turns them": {"position_embedding_type": "rope2d"},
+    "a norm is between": {"qk_norm": True},
+    "weights are dropped": {"attention_probs_dropout_prob": 0.5},
+    "eager shows each step": {"attn_implementation": "eager"},
+}
+
+
+@pytest.mark.parametrize("fields", WITH_KEYS.values(), ids=WITH_KEYS)
+def test_keys_and_values_are_made_where_more_than_a_matrix_makes_them(fields):
+    model = build(**fields).train()
+    keys = 2 * 2 * 3 * 17 * 32 * 32
+    assert flops(build().train()) < flops(model.train()) - keys / 2
+
+
+def made_keys(attention: ViTScratchAttention, **inputs) -> list[tuple[int, ...]]:
+    seen, inner = [], attention.k_proj.forward
+    attention.k_proj.forward = lambda states: seen.append(tuple(states.shape)) or inner(states)
+    attention(torch.randn(3, 17, 32), **inputs)
+    del attention.k_proj.forward
+    return seen
+
+
+def test_a_key_that_another_library_makes_is_made():
+    """As PEFT's and accelerate's layers do; a mask, which a caller of the layer alone may give, is obeyed."""
+    attention = build().vit.layers[-1].attention
+    assert made_keys(attention, num_queries=1) == [(3, 17, 32)]
+    states, mask = torch.randn(3, 17, 32), torch.zeros(3, 1, 1, 17)
+    mask[..., 5:] = -torch.inf
+    output = attention(states, num_queries=1, attention_mask=mask)[0]
+    torch.testing.assert_close(output, attention(states[:, :5], num_queries=1)[0])
+
+
+class Doubled(nn.Linear):
+    def forward(self, states):
+        return 2 * super().forward(states)
+
+
+@pytest.mark.parametrize("name", ["k_proj", "v_proj", "k_norm"])
+def test_a_projection_of_ones_own_is_called(name):
+    model = build().double()
+    attention, before = model.vit.layers[-1].attention, model(images().double()).logits
+    if name == "k_norm":
+        attention.k_norm = nn.Hardtanh(-0.1, 0.1)
+    else:
+        getattr(attention, name).__class__ = Doubled
+    logits = model(images().double()).logits
+    assert not torch.allclose(logits, before)
+    torch.testing.assert_close(logits, of_all_tokens(model))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_single_query_is_as_exact_as_all_tokens(precision):
+    """Against float64: no further off than the way that makes keys and values, in the same precision."""
+    attention = build(num_attention_heads=2).vit.layers[-1].attention
+    states = torch.randn(8, 65, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact = attention.double()(states.double())[0][:, :1]
+        attention, states = attention.to(precision), states.to(precision)
+        off = [(attention(states, num_queries=n)[0][:, :1].double() - exact).norm() for n in (1, None)]
+    assert off[0] <= 1.25 * off[1]
+
+
 @pytest.mark.parametrize("fields", [{"pooling": "mean"}, {"pooling": "mean", "use_cls_token": False}], ids=str)
 def test_mean_pooling_reads_all_tokens(fields):
     model = build(**fields)

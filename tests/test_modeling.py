@@ -318,7 +318,7 @@ def test_sdpa_takes_two_products_in_half_precision_on_a_cpu_and_nowhere_else(mon
         return product_attention_forward(*arguments, **options)
 
     monkeypatch.setattr(modeling_vit_scratch, "product_attention_forward", spy)
-    model = build(num_hidden_layers=1).train()
+    model = build(num_hidden_layers=1, pooling="mean").train()  # all tokens ask
     model(images())
     with torch.autocast("cpu", torch.bfloat16):
         model.set_attn_implementation("eager")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .findings import NotApplicable, Verdict
@@ -128,7 +129,8 @@ def _name(func: Any) -> str:
 def watched(subject: Subject) -> AttentionWatch:
     """What was seen of attention in one forward. Raises NotApplicable where there was none."""
     module = subject.varied()
-    with torch.no_grad(), AttentionWatch(module) as watch:
+    looking_on = register_module_forward_hook(lambda *_: None)  # for which our own network computes every key
+    with looking_on, torch.no_grad(), AttentionWatch(module) as watch:
         module(subject.images(2))
     if not watch.scores:
         raise NotApplicable("no softmax over products of queries and keys was seen")
