@@ -11,9 +11,10 @@ another order each round; a turn is two steps, the second one timed, for in trai
 network. A number is the median over the rounds. "of peak" is the share of the largest matrix product rate measured
 between the rounds (2,048 x 2,048 on a CPU, 8,192 on a GPU), by PyTorch's library or functions_vit_scratch.py's; FLOPs
 are matrix products alone, three times the forward's, of the network as the paper has it. "executed" leaves out those
-that are not made: ours makes none in the last layer that the class token does not need. Memory is what a step needs at
-its peak beyond the process before, with weights, gradients and the optimizer's state: on a CPU the median of three
-processes of its own, for the heap grows otherwise in each.
+that are not made: ours makes none in the last layer that the class token does not need. "halves at once" is our step
+as run_train.py takes it on two threads, a half of the batch by each (training/batch_parts.py). Memory is what a step
+needs at its peak beyond the process before, with weights, gradients and the optimizer's state: on a CPU the median of
+three processes of its own, for the heap grows otherwise in each.
 """
 
 import argparse
@@ -35,27 +36,39 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from modeling_vit_scratch.functions_vit_scratch import linear_product
+from modeling_vit_scratch.training.batch_parts import MEASURED_THREADS, PartsAtOnce, parts_of
 from modeling_vit_scratch.training.machine import keep_freed_memory
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 PRECISION_NAMES = {"no": "float32", "bf16": "bf16"}  # in tables
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 COMPILED = " (compiled)"
+HALVES = ", halves at once"
 MEMORY_PROCESSES = 3  # that measure a network's memory on a CPU
 
 
-def training_step(model: nn.Module, shape: Shape, batch_size: int, precision: str, device: str) -> Callable[[], None]:
-    """One step on random images, as a function."""
+def training_step(
+    model: nn.Module, shape: Shape, batch_size: int, precision: str, device: str, num_at_once: int = 1
+) -> Callable[[], None]:
+    """One step on random images, as a function. num_at_once: parts of the batch that a CPU computes at once."""
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     images = torch.randn(batch_size, 3, shape.image_size, shape.image_size, device=device)
     labels = torch.randint(shape.num_labels, (batch_size,), device=device)
 
-    def step():
+    def loss(part: slice) -> torch.Tensor:
         with torch.autocast(device, PRECISIONS[precision], enabled=precision != "no"):
-            logits = model(images)
+            logits = model(images[part])
         logits = logits if isinstance(logits, torch.Tensor) else logits.logits
-        nn.functional.cross_entropy(logits.float(), labels).backward()
+        return nn.functional.cross_entropy(logits.float(), labels[part], reduction="sum") / batch_size
+
+    at_once = PartsAtOnce(model, num_at_once) if num_at_once > 1 else None
+
+    def step():
+        if at_once is None:
+            loss(slice(None)).backward()
+        else:
+            at_once.sum_gradients(parts_of(batch_size, num_at_once), lambda part: (loss(part), torch.tensor(0)))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -113,6 +126,8 @@ def measure(shape: Shape, batch_size: int, precision: str, arguments: argparse.N
     for name in arguments.networks:
         build = PEERS[name]
         steps[name] = training_step(build(shape), shape, batch_size, precision, device)
+        if name == OURS and device == "cpu" and torch.get_num_threads() == MEASURED_THREADS:
+            steps[name + HALVES] = training_step(build(shape), shape, batch_size, precision, device, 2)
         if arguments.compile and name != "article 4":
             compiled = torch.compile(build(shape))
             steps[name + COMPILED] = training_step(compiled, shape, batch_size, precision, device)
@@ -156,10 +171,13 @@ def _process_memory(name: str, shape: Shape, batch_size: int, precision: str, th
     torch.set_num_threads(threads)
     keep_freed_memory()  # as the processes that train
     tiny = Shape(32, 16, 24, 1, 3, 1, 2)
-    training_step(PEERS[name](tiny), tiny, 2, precision, "cpu")()  # imports and libraries' own workspaces come first
+    training_step(
+        PEERS[name.removesuffix(HALVES)](tiny), tiny, 2, precision, "cpu"
+    )()  # imports and libraries' own workspaces come first
     Path("/proc/self/clear_refs").write_text("5")  # the highest size is kept from before exec: it starts anew here
     before = _highest_size()
-    step = training_step(PEERS[name](shape), shape, batch_size, precision, "cpu")
+    build, num_at_once = PEERS[name.removesuffix(HALVES)], 2 if name.endswith(HALVES) else 1
+    step = training_step(build(shape), shape, batch_size, precision, "cpu", num_at_once)
     for _ in range(3):
         step()
     return (_highest_size() - before) / 1024

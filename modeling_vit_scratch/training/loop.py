@@ -7,7 +7,6 @@ batch, so that 1 and 8 processes take the same steps.
 
 import math
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +23,7 @@ from ..modeling_vit_scratch import ViTScratchForImageClassification
 from . import effects
 from .averaging import AveragedWeights, check_decay
 from .bad_images import leave_out_bad_images
+from .batch_parts import BatchParts
 from .distillation import distillation_of
 from .evaluation import Evaluation, EvaluationStopped, evaluate
 from .features import HeadOnFeatures, cache_features, can_cache_features, start_from_ridge
@@ -204,8 +204,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
     start_trackers(accelerator, trackers, recipe.to_dict(), output_dir.resolve().name, position.step)
 
     # --- one step
-    # one process with two parts sums the gradients of the same images as two processes with one part each
-    num_parts = -(-recipe.gradient_accumulation_steps // world_size)
+    parts = BatchParts(recipe, accelerator, network, partial(resolution.flops, model.config))
 
     def backward(step: int, batch: Batch, is_mixed: bool, is_initial: bool) -> torch.Tensor:
         """The norm of the global batch's gradient, which then lies, clipped, in the parameters."""
@@ -223,16 +222,18 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         if is_mixed:
             images, targets = mixing(images, targets, draws, num_labels, lambda *own: gather_batch(accelerator, *own))
         inputs["pixel_values"] = images
-        parts = [slice(index, None, num_parts) for index in range(min(num_parts, len(images)))]
-        for index, part in enumerate(parts):
-            with accelerator.no_sync(network) if index + 1 < len(parts) else nullcontext():
-                logits = network(**{name: of[part] for name, of in inputs.items()}, **options).logits.to(model.dtype)
-                loss_sum = objective.loss_sum(logits, targets[part])
-                if distillation is not None:
-                    loss_sum = distillation.joined(loss_sum, logits, images[part])
-                # gradients are averaged over ranks: times their number makes it the mean over the global batch
-                accelerator.backward(poisoned(loss_sum) * (world_size / batch_size))
-            state.window.sums += torch.stack((loss_sum.detach(), objective.num_correct(logits, targets[part])))
+
+        def compute(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = network(**{name: of[part] for name, of in inputs.items()}, **options).logits.to(model.dtype)
+            loss_sum = objective.loss_sum(logits, targets[part])
+            if distillation is not None:
+                loss_sum = distillation.joined(loss_sum, logits, images[part])
+            counts = torch.stack((loss_sum.detach(), objective.num_correct(logits, targets[part])))
+            # gradients are averaged over ranks: times their number makes it the mean over the global batch
+            return poisoned(loss_sum) * (world_size / batch_size), counts
+
+        for counts in parts.sum_gradients(len(images), compute, is_initial):
+            state.window.sums += counts
         return full_tensor(accelerator.clip_grad_norm_(network.parameters(), recipe.max_grad_norm or math.inf))
 
     def set_rate(rate: float):
@@ -289,7 +290,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
         state.save()  # the number of steps is never measured again
     lines = [] if loading_report is None else [str(loading_report), str(finetuning)]
     lines += [] if distillation is None else distillation.lines(recipe.finetune)
-    lines += resolution.stages(total_steps, model.config)
+    lines += parts.lines() + resolution.stages(total_steps, model.config)
     save_every = epoch_steps if recipe.save_strategy == "epoch" else in_steps(recipe.save_steps, total_steps)
     scored_every = eval_every if "validation" in held else None
     announce(accelerator, source, num_parameters, lines, total_steps, batch_size, data, workers, scored_every)

@@ -308,6 +308,10 @@ class Recipe:
         None, MACHINE, "processes that decode images; else by the images", at_least=0
     )
     cpu_threads: int | None = flag(None, MACHINE, "threads of each process; else cores / processes", at_least=1)
+    cpu_parts: int | None = flag(
+        None, MACHINE, "parts of a batch that a CPU computes at once, with a share of the threads each; else 2 where "
+        "there are 2 threads and a step is long enough", at_least=1
+    )  # fmt: skip
     torch_compile: bool = flag(False, MACHINE, "compile the network")
     full_determinism: bool = flag(
         False, MACHINE, "on a GPU, algorithms that give the same bits each time where torch has them, which are slower"
@@ -340,6 +344,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
     {
         "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_strategy", "save_steps",
         "save_minutes", "save_total_limit", "report_to", "max_bad_images", "dataloader_num_workers", "cpu_threads",
+        "cpu_parts",
         "eval_batch_size", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy",
     }
 )  # fmt: skip

@@ -106,11 +106,15 @@ class Resolution:
     def pflop(self, config: ViTScratchConfig, steps: int, total_steps: int, batch_size: int) -> float:
         """PFLOP of the first `steps` of a run that trains all of the network: see results/summary.training_flops."""
         initial = min(steps, self.num_initial_steps(total_steps))
-        flops = (steps - initial) * training_flops(config, patch_drop_rate=self.rate(False))
+        flops = (steps - initial) * self.flops(config, is_initial=False)
         if initial:
-            size = None if self.initial_size is None else (self.initial_size, self.initial_size)
-            flops += initial * training_flops(config, size, self.rate(True))
+            flops += initial * self.flops(config, is_initial=True)
         return flops * batch_size / 1e15
+
+    def flops(self, config: ViTScratchConfig, is_initial: bool) -> int:
+        """FLOP of one image in such a step, where it trains all of the network."""
+        is_small = is_initial and self.initial_size is not None
+        return training_flops(config, (self.initial_size,) * 2 if is_small else None, self.rate(is_initial))
 
     def stages(self, total_steps: int, config: ViTScratchConfig) -> list[str]:
         """What is said of what is left out, a line or two; nothing where nothing is."""
