@@ -24,7 +24,7 @@ from recorded import ROOT, markdown_table, write_record
 from started_runs import working_folder
 from train_step import PRECISION_NAMES, seconds, training_step
 
-from modeling_vit_scratch.training.batch_parts import MEASURED_THREADS
+from modeling_vit_scratch.training.batch_parts import usual_parts_at_once
 from modeling_vit_scratch.training.machine import keep_freed_memory
 from modeling_vit_scratch.training.recording import read_metrics
 
@@ -84,8 +84,8 @@ def example_run(dataset: str, precision: str, steps: int, workers: int, folder: 
 
 def step_rate(precision: str, steps: int = 15) -> float:
     """Images a second of our training step alone, taken as run_train.py takes it."""
-    shape, num_at_once = SHAPES[SHAPE], 2 if torch.get_num_threads() == MEASURED_THREADS else 1
-    step = training_step(ours(shape), shape, BATCH_SIZE, precision, "cpu", num_at_once)
+    shape = SHAPES[SHAPE]
+    step = training_step(ours(shape), shape, BATCH_SIZE, precision, "cpu", usual_parts_at_once())
     taken = [seconds(step, "cpu") for _ in range(steps + 3)]
     return BATCH_SIZE / statistics.median(taken[3:])
 

@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from modeling_vit_scratch.functions_vit_scratch import linear_product
-from modeling_vit_scratch.training.batch_parts import MEASURED_THREADS, PartsAtOnce, parts_of
+from modeling_vit_scratch.training.batch_parts import PartsAtOnce, parts_of, usual_parts_at_once
 from modeling_vit_scratch.training.machine import keep_freed_memory
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
@@ -126,7 +126,7 @@ def measure(shape: Shape, batch_size: int, precision: str, arguments: argparse.N
     for name in arguments.networks:
         build = PEERS[name]
         steps[name] = training_step(build(shape), shape, batch_size, precision, device)
-        if name == OURS and device == "cpu" and torch.get_num_threads() == MEASURED_THREADS:
+        if name == OURS and device == "cpu" and usual_parts_at_once() == 2:
             steps[name + HALVES] = training_step(build(shape), shape, batch_size, precision, device, 2)
         if arguments.compile and name != "article 4":
             compiled = torch.compile(build(shape))
@@ -171,12 +171,10 @@ def _process_memory(name: str, shape: Shape, batch_size: int, precision: str, th
     torch.set_num_threads(threads)
     keep_freed_memory()  # as the processes that train
     tiny = Shape(32, 16, 24, 1, 3, 1, 2)
-    training_step(
-        PEERS[name.removesuffix(HALVES)](tiny), tiny, 2, precision, "cpu"
-    )()  # imports and libraries' own workspaces come first
+    build, num_at_once = PEERS[name.removesuffix(HALVES)], 2 if name.endswith(HALVES) else 1
+    training_step(build(tiny), tiny, 2, precision, "cpu")()  # imports and libraries' own workspaces come first
     Path("/proc/self/clear_refs").write_text("5")  # the highest size is kept from before exec: it starts anew here
     before = _highest_size()
-    build, num_at_once = PEERS[name.removesuffix(HALVES)], 2 if name.endswith(HALVES) else 1
     step = training_step(build(shape), shape, batch_size, precision, "cpu", num_at_once)
     for _ in range(3):
         step()

@@ -204,12 +204,12 @@ def single_query_attention(
     q (W_k x + b_k) = (q W_k) x + q b_k, and sum_n p_n (W_v x_n + b_v) = W_v (sum_n p_n x_n) + b_v, as weights p sum to
     one: a product with W_k and one with W_v for each image, where keys and values need them for each token.
     """
-    query = query[:, :, 0].transpose(0, 1)  # (A, B, F)
+    query = query[:, :, 0].transpose(0, 1) * scaling  # (A, B, F)
     heads = (query.shape[0], -1)
-    asked = torch.bmm(query * scaling, k_proj.weight.unflatten(0, heads))  # (A, B, D)
+    asked = torch.bmm(query, k_proj.weight.unflatten(0, heads))  # (A, B, D)
     scores = torch.bmm(asked.transpose(0, 1), states.transpose(1, 2))  # (B, A, N)
     if k_proj.bias is not None:  # the same for all tokens, which no softmax sees: its gradient is zero, but there
-        scores = scores + (query * scaling * k_proj.bias.unflatten(0, heads)[:, None]).sum(dim=2).t()[:, :, None]
+        scores = scores + (query * k_proj.bias.unflatten(0, heads)[:, None]).sum(dim=2).t()[:, :, None]
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(states.dtype)
     mixed = torch.bmm(weights, states).transpose(0, 1)  # (A, B, D)
     output = torch.bmm(mixed, v_proj.weight.unflatten(0, heads).transpose(1, 2))  # (A, B, F)

@@ -1,5 +1,8 @@
 """The small network and the small images that the tests of the network share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
@@ -23,3 +26,14 @@ def build(model_class=ViTScratchForImageClassification, seed=0, **fields):
 
 def images(*shape, seed=1):
     return torch.randn(*(shape or (3, 3, 32, 32)), generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch computes with so many threads, and then with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

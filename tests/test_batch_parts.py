@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_vit import build, images
+from small_vit import build, images, threads
 from test_run_options import Killed, die_at
 from test_run_train import TINY, equal, metrics, run, weights
 from torch import nn
@@ -19,12 +19,10 @@ LABELS = torch.arange(12) % 5
 
 
 @pytest.fixture(autouse=True)
-def threads():
-    """Two threads, whatever the machine has; as many as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def two_threads():
+    """Whatever the machine has."""
+    with threads(2):
+        yield
 
 
 def losses(model: nn.Module, dtype=torch.float32):
@@ -168,9 +166,8 @@ def test_a_run_may_go_on_in_other_parts(tmp_path, monkeypatch):
 
 def accelerator(**others) -> SimpleNamespace:
     fields = {
-        "device": torch.device("cpu"), "num_processes": 1, "mixed_precision": "bf16", "is_fsdp2": False,
-        "unwrap_model": lambda model: model, "state": SimpleNamespace(fsdp_plugin=None),
-        "distributed_type": None,
+        "device": torch.device("cpu"), "num_processes": 1, "mixed_precision": "bf16", "distributed_type": None,
+        "unwrap_model": lambda model: model,
     }  # fmt: skip
     return SimpleNamespace(**{**fields, **others})
 
@@ -190,8 +187,8 @@ def test_long_steps_are_halved_where_there_are_two_threads():
     assert some.is_worth == {True: False, False: True} and "where a step is long enough" in some.lines()[0]
     assert batch_parts(asked=2, flops=1).is_worth == {True: True, False: True}
     assert batch_parts(asked=1).lines() == []
-    for threads in (1, 4):
-        torch.set_num_threads(threads)
+    for count in (1, 4):
+        torch.set_num_threads(count)
         assert batch_parts().lines() == []
     assert batch_parts(asked=4).at_once.threads_each == 1
 

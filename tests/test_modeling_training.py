@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small_vit import build, images
+from small_vit import build, images, threads
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -14,10 +14,8 @@ from modeling_vit_scratch.modeling_vit_scratch import ViTScratchDropPath, image_
 @pytest.fixture(autouse=True)
 def one_thread():
     """Steps of a millisecond: on a busy machine two threads wait for each other twenty times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 # 5.23 has a new name for it, which 5.17 does not know

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_vit import build, images
+from small_vit import build, images, threads
 from test_functions import LABELS, in_float64, is_anew, loss_and_gradients
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -33,11 +33,9 @@ PROCESSORS = {  # what /proc/cpuinfo says, or platform.processor() where there i
 
 
 @pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+def num_threads(request):
+    with threads(request.param):
+        yield request.param
 
 
 def derivatives(product, tensors: list[torch.Tensor], direction: torch.Tensor) -> list[torch.Tensor]:
@@ -87,7 +85,7 @@ def test_a_gradient_that_is_one_number_for_all(library):
 
 
 @pytest.mark.parametrize("width", [96, 20])  # more numbers than SMALLEST_IMAGE, and fewer
-def test_the_gradient_of_a_weight_sums_over_all_rows(library, threads, width):
+def test_the_gradient_of_a_weight_sums_over_all_rows(library, num_threads, width):
     grad_output, states = (tensor.detach().float() for tensor in in_float64((7, 33, 12), (7, 33, width)))
     with Recorder() as recorder:
         found = weight_gradient(grad_output, states)
@@ -98,7 +96,7 @@ def test_the_gradient_of_a_weight_sums_over_all_rows(library, threads, width):
 
 
 @pytest.mark.parametrize("library", ["oneDNN"], indirect=True)
-def test_torch_has_the_gradient_of_such_a_convolution_from_onednn(library, threads):
+def test_torch_has_the_gradient_of_such_a_convolution_from_onednn(library, num_threads):
     """SMALLEST_IMAGE and the dilation stand for torch's own conditions."""
     images, kernel = (
         torch.zeros(1, 1, functions.SMALLEST_IMAGE // 8 + 1, 8).permute(0, 3, 1, 2),

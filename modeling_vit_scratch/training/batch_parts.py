@@ -112,12 +112,17 @@ class BatchParts:
         return counted
 
 
+def usual_parts_at_once() -> int:
+    """In how many parts at once a batch that is worth it is computed where nobody asks for another number."""
+    return 2 if torch.get_num_threads() == MEASURED_THREADS else 1
+
+
 def num_parts_at_once(recipe: Recipe, accelerator: Accelerator, network: nn.Module) -> int:
     """In how many parts at once this process computes a batch. Raises UserError for --cpu_parts that cannot be so."""
     threads, asked = torch.get_num_threads(), recipe.cpu_parts
     obstacle = _obstacle(recipe, accelerator, network)
     if asked is None:
-        return 2 if obstacle is None and threads == MEASURED_THREADS else 1
+        return usual_parts_at_once() if obstacle is None else 1
     if asked > 1 and obstacle is not None:
         raise UserError(f"--cpu_parts {asked}: {obstacle}. Leave it out.")
     if asked > threads:
