@@ -54,6 +54,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], t
         index = names.index(name)
         state.setdefault(index, {})[entry] = own_shard(tensor, parameters[index])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for index, entries in state.items():
+        if "mu_product" in entries:  # NAdam's, a float32 on the CPU: torch makes the parameter's dtype and device of it
+            optimizer.state[parameters[index]]["mu_product"] = entries["mu_product"]
 
 
 def save_checkpoint(

@@ -24,6 +24,7 @@ from . import effects
 from .averaging import AveragedWeights, check_decay
 from .bad_images import leave_out_bad_images
 from .batch_parts import BatchParts
+from .clipping import clip_gradients
 from .distillation import distillation_of
 from .evaluation import Evaluation, EvaluationStopped, evaluate
 from .features import HeadOnFeatures, cache_features, can_cache_features, start_from_ridge
@@ -65,7 +66,6 @@ from .schedules import check_patience, check_schedule, evaluation_interval, in_s
 from .sharding import (
     check_recipe,
     check_shares,
-    full_tensor,
     is_sharded,
     prepare,
     shard_like_the_trained,
@@ -234,7 +234,7 @@ def train(recipe: Recipe, chosen: frozenset[str] = frozenset(), began: float | N
 
         for counts in parts.sum_gradients(len(images), compute, is_initial):
             state.window.sums += counts
-        return full_tensor(accelerator.clip_grad_norm_(network.parameters(), recipe.max_grad_norm or math.inf))
+        return clip_gradients(accelerator, model, network, recipe)
 
     def set_rate(rate: float):
         for settings in optimizer.param_groups:

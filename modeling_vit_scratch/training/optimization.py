@@ -10,6 +10,7 @@ import torch
 from ..errors import UserError
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from .lamb import Lamb
+from .lion import Lion
 from .muon import Muon
 from .recipe import Recipe
 from .schedules import num_warmup_steps
@@ -163,6 +164,18 @@ def build_lamb(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Opti
     return Lamb(_settings(groups, recipe), lr=recipe.learning_rate, **_moments(recipe))
 
 
+def build_nadamw(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Optimizer:
+    """Adam with Nesterov's momentum (Dozat, 2016), its decay apart from the gradient as AdamW's."""
+    settings = _settings(groups, recipe)
+    return torch.optim.NAdam(settings, lr=recipe.learning_rate, decoupled_weight_decay=True, **_moments(recipe))
+
+
+def build_lion(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Optimizer:
+    """Lion: each weight moves by the rate, whatever the size of its gradient."""
+    betas = (recipe.adam_beta1, recipe.adam_beta2)
+    return Lion(_settings(groups, recipe), lr=recipe.learning_rate, betas=betas)
+
+
 def build_sgd(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Optimizer:
     """SGD with momentum, 0.9 unless the recipe says, heavy-ball or Nesterov's; its weight decay is an L2 penalty on the
     gradient."""
@@ -202,7 +215,9 @@ def build_muon(
 OPTIMIZERS: dict[str, Callable[[list[ParameterGroup], Recipe], torch.optim.Optimizer]] = {
     "adamw": build_adamw,
     "adam": build_adam,
+    "nadamw": build_nadamw,
     "lamb": build_lamb,
+    "lion": build_lion,
     "sgd": build_sgd,
     "muon": build_muon,
 }

@@ -142,7 +142,7 @@ class Recipe:
     # --- optimization
     optim: str = flag(
         "adamw", OPTIMIZATION, "the optimizer; lamb: for large batches; muon: Muon on hidden matrices, AdamW besides",
-        choices=("adamw", "adam", "lamb", "sgd", "muon"),
+        choices=("adamw", "adam", "nadamw", "lamb", "lion", "sgd", "muon"),
     )  # fmt: skip
     learning_rate: float = flag(1e-3, OPTIMIZATION, "the highest rate", above=0)
     weight_decay: float = flag(
@@ -158,7 +158,7 @@ class Recipe:
     )  # fmt: skip
     adam_beta1: float = flag(0.9, OPTIMIZATION, "beta1 of all optimizers but SGD", at_least=0, below=1)
     adam_beta2: float = flag(0.999, OPTIMIZATION, "their beta2", at_least=0, below=1)
-    adam_epsilon: float = flag(1e-8, OPTIMIZATION, "their epsilon", above=0)
+    adam_epsilon: float = flag(1e-8, OPTIMIZATION, "their epsilon; Lion has none", above=0)
     momentum: float | None = flag(
         None, OPTIMIZATION, "SGD's or Muon's momentum; else 0.9 for SGD, 0.95 for Muon", at_least=0, below=1
     )
@@ -183,6 +183,11 @@ class Recipe:
     )
     warmup_steps: float = flag(0.05, OPTIMIZATION, "steps of rising rate; under 1: a share of all steps", at_least=0)
     max_grad_norm: float = flag(1.0, OPTIMIZATION, "gradients are scaled down to this norm; 0: never", at_least=0)
+    clip_mode: str = flag(
+        "norm", OPTIMIZATION, "what --max_grad_norm limits: the norm of all gradients, each of their values, or with "
+        "agc each row's norm as a multiple of its weights' norm: 0.01 in the paper",
+        choices=("norm", "value", "agc"),
+    )  # fmt: skip
     label_smoothing_factor: float = flag(0.0, OPTIMIZATION, "mass spread over all classes", at_least=0, below=1)
     bce_loss: bool = flag(
         False, OPTIMIZATION, "train by binary cross-entropy, a mean over the classes; scores report softmax's all the "
