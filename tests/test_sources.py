@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -165,6 +166,44 @@ def write_splits(root, **labels_of):
         if not labels:  # datasets 4.8 does not write an empty table
             pq.ParquetWriter(file, pq.read_schema(file)).close()
     return str(root)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("named", "sizes"),
+    [
+        ({"train": "photos"}, {"train": 9, "test": 4}),
+        ({"train": "photos", "validation": "test"}, {"train": 9, "validation": 4}),
+        ({"train": "test", "test": "sketches"}, {"train": 4, "test": 5}),
+        ({"train": "sketches", "validation": "photos"}, {"train": 5, "validation": 9, "test": 4}),
+    ],
+)
+def test_splits_by_names_of_their_own(parquet_repo, named, sizes, streaming):
+    root = parquet_repo(photos=[6, 3], sketches=[5], test=[4])
+    flags = {f"{ours}_split_name": theirs for ours, theirs in named.items()}
+    source = open_source(str(root), streaming=streaming, train_val_split=0, **flags)
+    assert {ours: len(split) for ours, split in source.splits.items()} == sizes
+
+
+def test_a_name_comes_before_what_is_known_and_what_is_left_alone_is_trained_on(parquet_repo, monkeypatch):
+    row = replace(DATASETS["imagenet-1k"], repository=str(parquet_repo(train=[6], validation=[4], test=[3])))
+    monkeypatch.setitem(DATASETS, "imagenet-1k", row)
+    source = open_source("imagenet-1k", validation_split_name="validation", train_val_split=0)
+    assert {ours: len(split) for ours, split in source.splits.items()} == {"train": 6, "validation": 4}
+    source = open_source(str(parquet_repo("two", kept=[5], other=[4])), test_split_name="other", train_val_split=0)
+    assert {ours: len(split) for ours, split in source.splits.items()} == {"train": 5, "test": 4}
+
+
+def test_splits_that_no_name_finds_are_listed(parquet_repo):
+    root = str(parquet_repo(photos=[6], sketches=[5]))
+    for flags, message in (
+        ({}, "has no training split; it has: photos, sketches. Name one with --train_split_name."),
+        ({"needs_training": False}, "Name one with --test_split_name."),
+        ({"train_split_name": "photo"}, "--train_split_name photo: .* has no such split. It has: photos, sketches."),
+        ({"train_split_name": "photos", "test_split_name": "photos"}, "another flag names that split too"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_source(root, **flags)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

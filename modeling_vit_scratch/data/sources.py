@@ -61,6 +61,9 @@ def open_source(
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
     needs_training: bool = True,
+    train_split_name: str | None = None,
+    validation_split_name: str | None = None,
+    test_split_name: str | None = None,
 ) -> Source:
     """The source that the flags of the same names describe. Raises UserError for what cannot be found or decided.
 
@@ -73,8 +76,9 @@ def open_source(
         source = _open_digits(streaming)
     else:
         source = _open_table(
-            dataset_name, dataset_config_name, image_column_name, label_column_name, streaming, needs_training
-        )
+            dataset_name, dataset_config_name, image_column_name, label_column_name, streaming, needs_training,
+            {"train": train_split_name, "validation": validation_split_name, "test": test_split_name},
+        )  # fmt: skip
     if len(source.class_names) < 2 and needs_training:
         raise UserError(
             f"{source.name} has a single class ({', '.join(source.class_names) or 'none'}); a classifier needs two."
@@ -129,6 +133,7 @@ def _open_table(
     label_column: str | None,
     streaming: bool,
     needs_training: bool,
+    split_names: dict[str, str | None],
 ) -> Source:
     row, location = _locate(dataset_name)
     config_name = config_name or row.config_name
@@ -137,12 +142,12 @@ def _open_table(
     kind = type(builder).__module__.rpartition(".")[2]
     if kind.endswith("folder") and os.path.isdir(location):
         raise UserError(f"--dataset_name {dataset_name} is a folder of images: name it with --train_dir instead.")
-    theirs = {ours: _split_name(ours, row, list(files), needs_training) for ours in SPLIT_NAMES}
-    taken = theirs["train"]  # a lone split that is called test or validation is not scored on what it trained
-    theirs |= {ours: None for ours, split in theirs.items() if ours != "train" and split == taken}
-    used = {ours: split for ours, split in theirs.items() if split is not None}
-    if (theirs["train"] is None and needs_training) or not used:
-        raise UserError(f"{dataset_name} has no training split; it has: {', '.join(files)}.")
+    used = _used_splits(str(dataset_name), split_names, row, list(files), needs_training)
+    if ("train" not in used and needs_training) or not used:
+        flag = "train" if needs_training else "test"
+        raise UserError(
+            f"{dataset_name} has no training split; it has: {', '.join(files)}. Name one with --{flag}_split_name."
+        )
     is_told = (label_column or row.label_column) is not None
     first, empty = next(iter(used)), []  # training's, where there is one, tells the types of columns
     image_column, label_column = image_column or row.image_column, label_column or row.label_column
@@ -250,6 +255,27 @@ def _locate(dataset_name: str | None) -> tuple[DatasetRow, str]:
     if "/" not in str(dataset_name):
         raise UserError(f"{unknown('dataset', dataset_name, DATASETS)} Or a folder, or a Hub repository owner/name.")
     return DatasetRow(), dataset_name
+
+
+def _used_splits(
+    dataset_name: str, named: dict[str, str | None], row: DatasetRow, available: list[str], needs_training: bool
+) -> dict[str, str]:
+    """Which of the dataset's splits serve as ours: those named by flags, of the others the ones that can be meant.
+
+    None serves twice. Raises UserError for a name that the dataset has not, or that two flags give.
+    """
+    chosen = {ours: split for ours, split in named.items() if split is not None}
+    for ours, split in chosen.items():
+        if split not in available:
+            raise UserError(
+                f"--{ours}_split_name {split}: {dataset_name} has no such split. It has: {', '.join(available)}."
+            )
+        if list(chosen.values()).count(split) > 1:
+            raise UserError(f"--{ours}_split_name {split}: another flag names that split too; one of them can have it.")
+    free = [split for split in available if split not in chosen.values()]
+    theirs = {ours: chosen.get(ours) or _split_name(ours, row, free, needs_training) for ours in SPLIT_NAMES}
+    taken = theirs["train"]  # a lone split that is called test or validation is not scored on what it trained
+    return {ours: split for ours, split in theirs.items() if split and (ours == "train" or split != taken)}
 
 
 def _split_name(ours: str, row: DatasetRow, available: list[str], needs_training: bool) -> str | None:

@@ -23,7 +23,7 @@ from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..training.flags import Parser, exit_code
 from ..training.machine import num_cores
 from ..training.optimization import parameter_groups
-from ..training.recipe import FIELDS
+from ..training.recipe import FIELDS, SPLIT_FLAGS
 from ..weights import load_pretrained
 from . import folder, folder_report
 from .examination import CHECKS, examine
@@ -39,7 +39,7 @@ FORMATS: dict[str, Callable[[list[Finding]], str]] = {
 IMAGE_FORMATS = {"table": folder_report.as_table, "json": folder_report.as_json}
 OF_NETWORK = ("image_size", "num_labels", "num_channels", "optimizer")
 FOLDERS = ("data", "validation_dir", "test_dir")
-OF_TABLE = ("dataset_config_name", "image_column_name")
+OF_TABLE = ("dataset_config_name", *SPLIT_FLAGS, "image_column_name")
 OF_IMAGES = (*FOLDERS, "dataset_name", *OF_TABLE, "label_column_name", "cpu_threads")
 Made = TypeVar("Made")
 

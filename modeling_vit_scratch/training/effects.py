@@ -10,7 +10,7 @@ from ..errors import UserError
 from .features import can_cache_features, drawn_of_images, is_for_features
 from .network import probe_source
 from .overrides import checkpoint_overrides, has_own_patch_drop_rate, may_see_less, patch_drop_rate_of
-from .recipe import CONSTANT, MULTI_LABEL_METRICS, Recipe
+from .recipe import CONSTANT, MULTI_LABEL_METRICS, SPLIT_FLAGS, Recipe
 from .time_budget import seconds_of
 
 # flag -> (it has no effect on this recipe, because ...)
@@ -20,6 +20,10 @@ IDLE_IN_RECIPE: dict[str, tuple[Callable[[Recipe], bool], str]] = {
     "dataset_config_name": (
         lambda r: _has_no_table(r),
         "only datasets in a Hub repository's layout have configurations",
+    ),
+    **dict.fromkeys(
+        SPLIT_FLAGS,
+        (lambda r: _has_no_table(r), "only datasets in a Hub repository's layout have splits by name"),
     ),
     "image_column_name": (lambda r: _has_no_table(r), "only datasets in a Hub repository's layout have columns"),
     "label_column_name": (

@@ -16,9 +16,8 @@ from ..errors import UserError
 from .command_flags import add_trainers_flags, trainers_options
 from .flags import Parser, exit_code
 from .recipe import FIELDS
-from .scoring import SPLITS, open_split
+from .scoring import OF_TABLE, SPLITS, open_split
 
-SHARED = ("dataset_config_name", "image_column_name", "label_column_name", "streaming")  # beside --dataset_name
 DEFAULT_COUNT = 9
 NUM_AT_ONCE = 256  # images in memory
 # of Pillow's formats; else the format's own name
@@ -97,7 +96,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--dataset_name", required=True, help=FIELDS["dataset_name"].metadata["help"])
-    add_trainers_flags(parser, SHARED)
+    add_trainers_flags(parser, OF_TABLE)
     parser.add_argument("--split", help=f"{', '.join(SPLITS)} [test, else validation]")
     parser.add_argument("--index", metavar="INT,INT", help="the images' places in the split, from 0 on")
     parser.add_argument("--count", metavar="INT", type=int, help=f"or so many from the first on [{DEFAULT_COUNT}]")
@@ -115,7 +114,7 @@ def _run(own: Any):
     folder = own.output_dir.expanduser()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"--output_dir {folder} is not empty: name another folder.")
-    options = trainers_options(own, ("dataset_name", *SHARED))
+    options = trainers_options(own, ("dataset_name", *OF_TABLE))
     source, split = open_split(options, None, own.split)
     samples = _samples(own, len(source.splits[split]))
     written, left_out = export(source, split, samples, folder)

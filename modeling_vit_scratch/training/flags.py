@@ -32,7 +32,8 @@ OTHER_NAMES = {
     "checkpointing_steps": "save_steps", "clip_grad": "max_grad_norm", "cutmix": "cutmix_alpha",
     "data_dir": "train_dir", "dataset": "dataset_name", "decay_milestones": "lr_milestones", "decay_rate": "lr_gamma",
     "distill_loss_weight": "distillation_alpha", "distillation_tau": "distillation_temperature",
-    "epochs": "num_train_epochs", "eval_metric": "metric_for_best_model", "evaluation_strategy": "eval_strategy",
+    "epochs": "num_train_epochs", "eval_split_name": "validation_split_name", "eval_metric": "metric_for_best_model", 
+    "evaluation_strategy": "eval_strategy",
     "experiment": "output_dir", "grad_accum_steps": "gradient_accumulation_steps",
     "grad_checkpointing": "gradient_checkpointing", "hflip": "horizontal_flip_prob", "img_size": "image_size",
     "initial_checkpoint": "model_name_or_path", "input_size": "image_size", "kd_model_name": "teacher_name_or_path",
@@ -44,7 +45,8 @@ OTHER_NAMES = {
     "reprob": "random_erasing_prob", "resume": "resume_from_checkpoint", "sched": "lr_scheduler_type",
     "smoothing": "label_smoothing_factor", "std": "image_std", "teacher_model": "teacher_name_or_path",
     "teacher_model_name_or_path": "teacher_name_or_path", "teacher_path": "teacher_name_or_path",
-    "torchcompile": "torch_compile", "validation_batch_size": "eval_batch_size", "vflip": "vertical_flip_prob",
+    "torchcompile": "torch_compile", "train_split": "train_split_name", "val_split": "validation_split_name",
+    "validation_batch_size": "eval_batch_size", "vflip": "vertical_flip_prob",
     "workers": "dataloader_num_workers",
 }  # fmt: skip
 _FIELD_OF_NETWORK = "a field of the network: use --config_overrides"

@@ -36,6 +36,9 @@ class Recipe:
     train_dir: str | None = flag(None, DATA, "folder of training images: one folder a class, or a metadata file")
     validation_dir: str | None = flag(None, DATA, "folder of validation images, laid out alike")
     test_dir: str | None = flag(None, DATA, "folder of test images, laid out alike")
+    train_split_name: str | None = flag(None, DATA, "the dataset's split to train on, where its name does not tell")
+    validation_split_name: str | None = flag(None, DATA, "the one to validate on, likewise")
+    test_split_name: str | None = flag(None, DATA, "the one to test on, likewise")
     image_column_name: str | None = flag(None, DATA, "the column of images, where it cannot be told")
     label_column_name: str | None = flag(
         None, DATA, "the column of labels, in a table or metadata file, where it cannot be told"
@@ -365,6 +368,7 @@ PLACES = frozenset(
         "hub_strategy",
     }
 )
+SPLIT_FLAGS = ("train_split_name", "validation_split_name", "test_split_name")
 COUNTED_LENGTHS = ("max_steps", "num_train_epochs")
 FULL_SIZE_STEP = 0.6  # where --initial_image_size is given and --full_size_step is not
 

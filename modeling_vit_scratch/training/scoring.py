@@ -31,14 +31,12 @@ from .evaluation import evaluate
 from .flags import Parser, exit_code
 from .machine import agree, commit, first_on_each_node, hardware, num_decoding_workers, start_accelerator, versions
 from .objectives import objective_kind
-from .recipe import Recipe
+from .recipe import SPLIT_FLAGS, Recipe
 from .run_folder import write_json
 
 # the trainer's flags that mean the same here
-SHARED = (
-    "dataset_name", "dataset_config_name", "image_column_name", "label_column_name", "streaming", "bad_images",
-    "eval_batch_size", "dataloader_num_workers", "cpu_threads",
-)  # fmt: skip
+OF_TABLE = ("dataset_config_name", *SPLIT_FLAGS, "image_column_name", "label_column_name", "streaming")
+SHARED = ("dataset_name", *OF_TABLE, "bad_images", "eval_batch_size", "dataloader_num_workers", "cpu_threads")
 SPLITS = ("test", "validation", "train")
 MATCHES = ("name", "position")
 NUM_NAMED = 10  # of the bad images, on the screen
@@ -63,7 +61,7 @@ def open_split(
     source = open_source(
         options.dataset_name, options.dataset_config_name, image_column_name=options.image_column_name,
         label_column_name=options.label_column_name, streaming=options.streaming, train_val_split=0.0,
-        needs_training=False,
+        needs_training=False, **{name: getattr(options, name) for name in SPLIT_FLAGS},
     )  # fmt: skip
     if split is None:
         split = next((name for name in ("test", "validation") if name in source.splits), None)

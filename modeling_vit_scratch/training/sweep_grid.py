@@ -15,7 +15,7 @@ from ..results.sweep_plot import value_text, values_text
 from . import effects
 from .flags import Parser, parse_arguments, parse_value
 from .overrides import checkpoint_overrides, merged_overrides, parse_overrides, split_outside_brackets
-from .recipe import FIELDS, Recipe
+from .recipe import FIELDS, SPLIT_FLAGS, Recipe
 from .recipes import RECIPES
 
 LONGEST_NAME = 120  # letters of a run's folder; longer names are cut and end in a digest
@@ -35,9 +35,8 @@ NOT_SWEPT = {
     "seed": "use --seeds 1,2,3: the table shows mean and deviation over them",
     "metric_for_best_model": "the sweep is ranked by it; give it as a flag",
     **dict.fromkeys(("dataset_name", "dataset_config_name", "train_dir", "validation_dir", "test_dir"), OTHER_IMAGES),
-    **dict.fromkeys(
-        ("image_column_name", "label_column_name", "train_val_split", "max_eval_samples", "streaming"), OTHER_IMAGES
-    ),
+    **dict.fromkeys((*SPLIT_FLAGS, "image_column_name", "label_column_name"), OTHER_IMAGES),
+    **dict.fromkeys(("train_val_split", "max_eval_samples", "streaming"), OTHER_IMAGES),
     **dict.fromkeys(WRITTEN, NOT_LEARNED),
 }
 
