@@ -1,6 +1,6 @@
 """The tables of docs/speed.md and of the README's section on speed, from the records that the scripts below leave.
 
-python benchmarks/train_step.py --shapes nano,micro,d192,vit_ti_16,vit_s_16 --rounds 11
+python benchmarks/train_step.py --shapes nano,micro,d192,vit_ti_16,vit_s_16 --rounds 5
     --output benchmarks/results/train-step-cpu.json
 python benchmarks/train_step.py --shapes nano,micro,d192,vit_ti_16,vit_s_16 --rounds 11
     --output benchmarks/results/train-step-zen5-cpu.json                                  on AMD's Zen 5
@@ -8,7 +8,6 @@ python benchmarks/train_step.py --shapes nano,micro,d192,vit_ti_16,vit_s_16 --ro
 python benchmarks/train_step.py --precisions no --shapes micro,d192,vit_ti_16 --rounds 15
     --output benchmarks/results/train-step-avx2-cpu.json                                  without units for bf16
 python benchmarks/end_to_end.py datasets/cifar10 --output benchmarks/results/end-to-end-cpu.json
-    ... --rounds 1 --precisions bf16 --output benchmarks/results/end-to-end-halves-cpu.json
     ... --output benchmarks/results/end-to-end-zen5-cpu.json                              on AMD's Zen 5
 python benchmarks/attention.py --output benchmarks/results/attention-cpu.json
 python benchmarks/input.py --cifar10 datasets/cifar10 --flowers datasets/flowers/train
@@ -65,7 +64,6 @@ def with_tables(page: str) -> str:
         "train step with AMX": lambda: step_table("train-step-amx"),
         "train step without bf16": lambda: step_table("train-step-avx2"),
         "end to end": lambda: end_to_end.table(read("end-to-end")["rows"]),
-        "end to end by halves": lambda: end_to_end.table(read("end-to-end-halves")["rows"]),
         "end to end on Zen 5": lambda: end_to_end.table(read("end-to-end-zen5")["rows"]),
         "attention": lambda: attention.table(read("attention")["rows"]),
     }
