@@ -2,7 +2,7 @@
 
 python benchmarks/train_step.py                                              d192 at 32 px, batch 128, float32 and bf16
 python benchmarks/train_step.py --shapes nano,micro,d192,vit_s_4,vit_ti_16,vit_s_16,vit_b_16 --compile
-python benchmarks/train_step.py --shapes nano,micro,d192,vit_ti_16,vit_s_16 --rounds 11
+python benchmarks/train_step.py --shapes nano,micro,d192,vit_ti_16,vit_s_16 --rounds 5
     --output benchmarks/results/train-step-cpu.json                           keeps the numbers
 python benchmarks/train_step.py --device cuda --compile --batch_size 512 --shapes vit_s_16
 
