@@ -18,7 +18,7 @@ from ..weights import LoadingReport, load_pixel_facts, load_pretrained
 from ..weights.pixels import SMALL, cropped, squashed
 from .objectives import objective_kind
 from .overrides import checkpoint_overrides, parse_overrides
-from .recipe import SPLIT_FLAGS, Recipe
+from .recipe import Recipe
 from .specimen import make_specimen
 
 NUM_PROBED, NUM_PROBED_OF_STREAM = 64, 16  # images looked at to tell size and channels
@@ -29,7 +29,7 @@ def source_of(recipe: Recipe) -> Source:
     return open_source(
         recipe.dataset_name, recipe.dataset_config_name, recipe.train_dir, recipe.validation_dir, recipe.test_dir,
         recipe.image_column_name, recipe.label_column_name, recipe.streaming, recipe.train_val_split, recipe.seed,
-        recipe.max_train_samples, recipe.max_eval_samples, **{name: getattr(recipe, name) for name in SPLIT_FLAGS},
+        recipe.max_train_samples, recipe.max_eval_samples, **recipe.split_names,
     )  # fmt: skip
 
 

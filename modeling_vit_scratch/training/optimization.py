@@ -172,8 +172,7 @@ def build_nadamw(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Op
 
 def build_lion(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Optimizer:
     """Lion: each weight moves by the rate, whatever the size of its gradient."""
-    betas = (recipe.adam_beta1, recipe.adam_beta2)
-    return Lion(_settings(groups, recipe), lr=recipe.learning_rate, betas=betas)
+    return Lion(_settings(groups, recipe), lr=recipe.learning_rate, betas=_moments(recipe)["betas"])
 
 
 def build_sgd(groups: list[ParameterGroup], recipe: Recipe) -> torch.optim.Optimizer:

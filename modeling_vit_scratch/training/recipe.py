@@ -334,6 +334,11 @@ class Recipe:
     def replace(self, **changes: Any) -> "Recipe":
         return dataclasses.replace(self, **changes)
 
+    @property
+    def split_names(self) -> dict[str, str | None]:
+        """The flags that name splits of a dataset, as `open_source` takes them."""
+        return {name: getattr(self, name) for name in SPLIT_FLAGS}
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values for JSON."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
@@ -352,8 +357,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
     {
         "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_strategy", "save_steps",
         "save_minutes", "save_total_limit", "report_to", "max_bad_images", "dataloader_num_workers", "cpu_threads",
-        "cpu_parts",
-        "eval_batch_size", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy",
+        "cpu_parts", "eval_batch_size", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy",
     }
 )  # fmt: skip
 # where a run is kept, which changes nothing of what it computes

@@ -61,7 +61,7 @@ def open_split(
     source = open_source(
         options.dataset_name, options.dataset_config_name, image_column_name=options.image_column_name,
         label_column_name=options.label_column_name, streaming=options.streaming, train_val_split=0.0,
-        needs_training=False, **{name: getattr(options, name) for name in SPLIT_FLAGS},
+        needs_training=False, **options.split_names,
     )  # fmt: skip
     if split is None:
         split = next((name for name in ("test", "validation") if name in source.splits), None)
